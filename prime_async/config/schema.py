@@ -1,0 +1,399 @@
+"""Every setting, with its default, bounds and meaning. The field descriptions are also the config reference.
+
+``[run]`` is the run spec: it must be equal on all nodes, and its digest is the run id.
+``[node]`` belongs to one node.
+
+Error messages, the file that ``prime-async init`` writes and the reference in README.md are made from what stands
+here: a description reads well behind "learning_rate: ", and ``expected=`` names in words what a pattern allows.
+Conditions on more than one setting are the rules at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from prime_async.config.contact import MAX_HOST_LENGTH, Contact, is_host
+from prime_async.errors import ConfigError
+
+MAX_MEMBERS: Final = 2**16
+"""Bits in the protocol's bitmap of contributors."""
+MAX_ROUND_TOKENS: Final = 2**36
+"""Weights are tokens; those of ``MAX_MEMBERS`` contributors must add up exactly in fp64, which holds 2^53."""
+
+
+def _words(text: str) -> dict[str, Any]:
+    """What error messages and the reference say is expected, where a pattern would say it badly."""
+    return {"expected": text}
+
+
+def _path(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and value else value
+
+
+def _optional_path(value: Any) -> Any:
+    return None if value == "" else _path(value)
+
+
+def _contact(text: str) -> str:
+    try:
+        return str(Contact.parse(text))
+    except ConfigError as error:
+        raise PydanticCustomError("contact", "{text}", {"text": str(error)}) from error
+
+
+def _host(text: str) -> str:
+    if text and not is_host(text):
+        raise PydanticCustomError("host", "not a host name or address")
+    return text
+
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, le=3600)]  # a Get on the wire waits an hour at most
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+# An empty path would be the current folder, which nobody means.
+FilePath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
+OptionalPath: TypeAlias = Annotated[Path | None, BeforeValidator(_optional_path)]
+ContactText: TypeAlias = Annotated[
+    str, AfterValidator(_contact), Field(json_schema_extra=_words('a contact "KEY@HOST:PORT"'))
+]
+AllowText: TypeAlias = Annotated[
+    str,
+    Field(
+        pattern=r"^([0-9a-f]{64}|any)$",
+        json_schema_extra=_words('a public key of 64 lower-case hexadecimal digits, or "any"'),
+    ),
+]
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown key, a value of another type (``"4"`` for 4), infinity and NaN are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class InnerSettings(Settings):
+    """The optimiser that each node runs alone."""
+
+    optimizer: Annotated[Literal["adamw"], Field(description="AdamW, with decoupled weight decay")] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0, description="peak learning rate")] = 4e-4
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False, description="AdamW's decay rates of the two moments")] = (
+        0.9,
+        0.95,
+    )
+    weight_decay: Annotated[float, Field(ge=0, description="on matrices only, not on norms and biases")] = 0.1
+    clip_norm: Annotated[float, Field(ge=0, description="gradients are scaled down to this norm; 0: not")] = 1.0
+    batch_size: Annotated[Positive, Field(le=2**20, description="sequences per inner step and node")] = 16
+    schedule: Annotated[
+        Literal["cosine", "wsd", "constant"],
+        Field(description="of the learning rate after warm-up; wsd: warm-up, stable, decay"),
+    ] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0, le=2**40, description="linear warm-up, in inner steps")] = 100
+    total_steps: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**40,
+            description="inner steps at which the schedule ends; 0: rounds x inner_steps, and with "
+            "rounds 0 it has no end: the rate stays at its peak",
+        ),
+    ] = 0
+    decay_share: Annotated[Ratio, Field(description="wsd: the last share of the steps, in which the rate decays")] = 0.1
+    min_learning_rate_ratio: Annotated[Ratio, Field(description="where the schedule ends, relative to the peak")] = 0.1
+    max_z_loss: Annotated[float, Field(ge=0, description="weight of the max-z loss on the largest logit; 0: off")] = 0.0
+
+
+class OuterSettings(Settings):
+    """SGD with Nesterov momentum on the averaged pseudo-gradients (DiLoCo, arXiv 2311.08105)."""
+
+    learning_rate: Annotated[float, Field(gt=0, description="how far the outer weights follow the mean")] = 0.7
+    momentum: Annotated[Decay, Field(description="share of the last outer step that goes into the next; 0: none")] = 0.9
+
+
+class RoundSettings(Settings):
+    """When a node has done its part of a round."""
+
+    inner_steps: Annotated[Positive, Field(le=2**20, description="inner steps per round: H of the papers")] = 100
+
+
+class ExchangeSettings(Settings):
+    """How pseudo-gradients are averaged."""
+
+    codec: Annotated[
+        Literal["int8", "fp32"],
+        Field(description="what contributions and means are encoded with; fp32 is exact and four times as large"),
+    ] = "int8"
+    chunk_elements: Annotated[
+        int,
+        Field(
+            ge=256, le=2**26, multiple_of=256, description="elements per chunk: the unit of exchange, and of ownership"
+        ),
+    ] = 2**20
+
+
+class RunSpec(Settings):
+    """Every setting that must be equal on all nodes. Their digest is the run id."""
+
+    name: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=64,
+            pattern=r"^[A-Za-z0-9._-]+$",
+            description="name of the run",
+            json_schema_extra=_words("1 to 64 letters, digits, dots, underscores or hyphens"),
+        ),
+    ]
+    model: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=256,
+            pattern=r"^[A-Za-z0-9._-]+(:[A-Za-z0-9._]+)?$",
+            description='a named size, or "package.module:factory" for one of your own',
+            json_schema_extra=_words('a name such as "llama-1m", or "package.module:factory"'),
+        ),
+    ] = "llama-1m"
+    data: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=256,
+            pattern=r"^(shakespeare|tokens|[A-Za-z0-9._]+:[A-Za-z0-9._]+)$",
+            description='"shakespeare" is bundled, "tokens" is a file made by `prime-async data`, '
+            '"package.module:factory" is your own',
+            json_schema_extra=_words('"shakespeare", "tokens" or "package.module:factory"'),
+        ),
+    ] = "shakespeare"
+    data_digest: Annotated[
+        str,
+        Field(
+            pattern=r"^([0-9a-f]{64})?$",
+            description='"tokens" only: the digest of the token file, so that all nodes read the same; "": any file',
+            json_schema_extra=_words('64 lower-case hexadecimal digits, or ""'),
+        ),
+    ] = ""
+    sequence_length: Annotated[Positive, Field(le=2**24, description="tokens per sequence")] = 256
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and of the data order")] = 0
+    rounds: Annotated[
+        int, Field(ge=0, le=2**40, description="the run ends after so many rounds; 0: when it is stopped")
+    ] = 0
+    round: RoundSettings = RoundSettings()
+    mode: Annotated[
+        Literal["blocking"], Field(description="blocking: exchange, then train on (INTELLECT-1, arXiv 2412.01152)")
+    ] = "blocking"
+    min_members: Annotated[
+        Positive, Field(le=MAX_MEMBERS, description="a round is not planned with fewer active members")
+    ] = 1
+    heartbeat_s: Annotated[Seconds, Field(description="seconds between two heartbeats")] = 1.0
+    failure_timeout_s: Annotated[
+        Seconds,
+        Field(description="a member silent for so many seconds is removed; more than twice heartbeat_s"),
+    ] = 10.0
+    inner: InnerSettings = InnerSettings()
+    outer: OuterSettings = OuterSettings()
+    exchange: ExchangeSettings = ExchangeSettings()
+
+
+class NodeSettings(Settings):
+    """The settings of one node. Paths are relative to the folder of the file."""
+
+    name: Annotated[
+        str,
+        Field(
+            max_length=64,
+            pattern=r"^\P{Cc}*$",
+            description='shown to people; "": the first digits of the key',
+            json_schema_extra=_words("at most 64 characters on one line"),
+        ),
+    ] = ""
+    key: Annotated[FilePath, Field(description="file with this node's secret key, made by `prime-async init`")] = Path(
+        "node.key"
+    )
+    directory: Annotated[FilePath, Field(description="folder where the node keeps the outer state")] = Path("state")
+    host: Annotated[
+        str,
+        AfterValidator(_host),
+        Field(
+            min_length=1,
+            description="local address to listen on; 0.0.0.0: all of this machine",
+            json_schema_extra=_words("a host name or address without a port"),
+        ),
+    ] = "0.0.0.0"
+    port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the control plane; 0: any free one")] = 7700
+    bulk_port: Annotated[int, Field(ge=0, le=65535, description="TCP port of the bulk plane; 0: any free one")] = 7701
+    advertise: Annotated[
+        str,
+        AfterValidator(_host),
+        Field(
+            max_length=MAX_HOST_LENGTH,
+            description='name or address that other nodes dial; "": found from the route to the first contact',
+            json_schema_extra=_words('a host name or address without a port, or ""'),
+        ),
+    ] = ""
+    join: Annotated[
+        tuple[ContactText, ...],
+        Field(strict=False, max_length=64, description="members to ask; empty: this node founds the run"),
+    ] = ()
+    allow: Annotated[
+        tuple[AllowText, ...],
+        Field(strict=False, description='public keys that may join; "any": every key (encrypted, not authenticated)'),
+    ] = ()
+    allow_file: Annotated[
+        OptionalPath, Field(description="more public keys, one a line, # comments; read again when it changes")
+    ] = None
+    encrypt: Annotated[bool, Field(description="CURVE on both planes; false only among machines you trust")] = True
+    streams: Annotated[
+        int, Field(ge=1, le=64, description="TCP connections per peer for chunks; more fill a long link better")
+    ] = 2
+    device: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|cpu|cuda(:[0-9]{1,4})?)$",
+            description="where the model is trained; auto: on a GPU if there is one",
+            json_schema_extra=_words('"auto", "cpu", "cuda" or "cuda:N"'),
+        ),
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="of the forward and backward pass; auto: bfloat16 autocast where the device has it"),
+    ] = "auto"
+    compile: Annotated[bool, Field(description="torch.compile the model")] = False
+    threads: Annotated[int, Field(ge=0, le=4096, description="torch threads; 0: the cores this process may use")] = 0
+    micro_batch_size: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**20,
+            description="sequences at once, a divisor of batch_size; smaller: less memory, gradients add up; "
+            "0: the whole batch",
+        ),
+    ] = 0
+    data_path: Annotated[OptionalPath, Field(description='"tokens" only: the token file')] = None
+    evaluate_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**40,
+            description="held-out loss every so many rounds; 0: only before the first and after the last",
+        ),
+    ] = 0
+    record: Annotated[OptionalPath, Field(description="file to write the message log to")] = None
+    log_format: Annotated[Literal["console", "json"], Field(description="of the log on stderr")] = "console"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Field(description="the least severe events that are logged")
+    ] = "info"
+
+
+class Config(Settings):
+    """A whole configuration file."""
+
+    run: RunSpec
+    node: NodeSettings = NodeSettings()
+
+    @model_validator(mode="after")
+    def _obeys_the_rules(self) -> Config:
+        broken = [(rule, text) for rule in RULES if (text := rule.broken(self)) is not None]
+        if broken:
+            raise ValidationError.from_exception_data("Config", [_rule_error(rule, text) for rule, text in broken])
+        return self
+
+
+class Rule(NamedTuple):
+    """A condition on several settings. The first of ``keys`` is blamed; ``broken`` says what it should be."""
+
+    keys: tuple[str, ...]
+    broken: Callable[[Config], str | None]
+
+
+RULE_ERROR: Final = "rule"
+"""The type of pydantic error that a broken rule makes; its ``ctx`` holds ``text`` and ``keys``."""
+
+
+def _rule_error(rule: Rule, text: str) -> InitErrorDetails:
+    error = PydanticCustomError(RULE_ERROR, "{text}", {"text": text, "keys": rule.keys})
+    return InitErrorDetails(type=error, loc=tuple(rule.keys[0].split(".")), input=None)
+
+
+def _timeout_outlasts_heartbeats(config: Config) -> str | None:
+    timeout, heartbeat = config.run.failure_timeout_s, config.run.heartbeat_s
+    if timeout > 2 * heartbeat:
+        return None
+    return (
+        f"expected more than twice run.heartbeat_s ({heartbeat}), so that one lost heartbeat is no death, got {timeout}"
+    )
+
+
+def _round_weight_is_exact(config: Config) -> str | None:
+    run = config.run
+    tokens = run.inner.batch_size * run.sequence_length * run.round.inner_steps
+    if tokens <= MAX_ROUND_TOKENS:
+        return None
+    return (
+        f"expected at most {MAX_ROUND_TOKENS} tokens per node and round, "
+        f"got {tokens} (with run.sequence_length and run.round.inner_steps)"
+    )
+
+
+def _warmup_ends(config: Config) -> str | None:
+    inner = config.run.inner
+    if not inner.total_steps or inner.schedule == "constant" or inner.warmup_steps <= inner.total_steps:
+        return None
+    return f"expected at most run.inner.total_steps ({inner.total_steps}), got {inner.warmup_steps}"
+
+
+def _decay_begins_after_warmup(config: Config) -> str | None:
+    inner = config.run.inner
+    room = inner.total_steps - inner.warmup_steps
+    if inner.schedule != "wsd" or room < 0 or inner.decay_share * inner.total_steps <= room:
+        return None
+    return (
+        f"expected the decay to fit between run.inner.warmup_steps ({inner.warmup_steps}) "
+        f"and run.inner.total_steps ({inner.total_steps}), got {inner.decay_share}"
+    )
+
+
+def _digest_belongs_to_tokens(config: Config) -> str | None:
+    if not config.run.data_digest or config.run.data == "tokens":
+        return None
+    return f'expected "" since run.data is "{config.run.data}" and not "tokens"'
+
+
+def _tokens_have_a_file(config: Config) -> str | None:
+    if config.run.data != "tokens" or config.node.data_path is not None:
+        return None
+    return 'missing; run.data = "tokens" needs the token file that `prime-async data` makes'
+
+
+def _ports_differ(config: Config) -> str | None:
+    node = config.node
+    if node.port != node.bulk_port or node.port == 0:
+        return None
+    return f"expected another port than node.port, or 0 for any free one, got {node.bulk_port}"
+
+
+def _micro_batches_fill_a_batch(config: Config) -> str | None:
+    micro, batch = config.node.micro_batch_size, config.run.inner.batch_size
+    if not micro or batch % micro == 0:
+        return None
+    return f"expected a divisor of run.inner.batch_size ({batch}), or 0 for the whole batch, got {micro}"
+
+
+RULES: Final = (
+    Rule(("run.failure_timeout_s", "run.heartbeat_s"), _timeout_outlasts_heartbeats),
+    Rule(("run.inner.batch_size", "run.sequence_length", "run.round.inner_steps"), _round_weight_is_exact),
+    Rule(("run.inner.warmup_steps", "run.inner.total_steps", "run.inner.schedule"), _warmup_ends),
+    Rule(
+        ("run.inner.decay_share", "run.inner.warmup_steps", "run.inner.total_steps", "run.inner.schedule"),
+        _decay_begins_after_warmup,
+    ),
+    Rule(("run.data_digest", "run.data"), _digest_belongs_to_tokens),
+    Rule(("node.data_path", "run.data"), _tokens_have_a_file),
+    Rule(("node.bulk_port", "node.port"), _ports_differ),
+    Rule(("node.micro_batch_size", "run.inner.batch_size"), _micro_batches_fill_a_batch),
+)
