@@ -1,0 +1,1 @@
+"""The torch side: model, data, inner and outer optimiser, codec, reduce."""

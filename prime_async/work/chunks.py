@@ -1,0 +1,83 @@
+"""A flat vector in chunks, and the codec applied to one chunk at a time from worker threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prime_async.errors import ProtocolError
+from prime_async.work.buffers import ScratchPool
+from prime_async.work.codec import Codec, as_tensor
+from prime_async.work.reduce import weighted_mean
+from prime_async.work.threads import torch_threads
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """How a flat vector of ``elements`` is divided: chunks of ``chunk_elements``, the last one may be shorter."""
+
+    elements: int
+    chunk_elements: int
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return -(-self.elements // self.chunk_elements)
+
+    def span(self, chunk: int) -> slice:
+        """Where ``chunk`` lies. Raises :class:`IndexError` if there is no such chunk."""
+        if not 0 <= chunk < self.count:
+            raise IndexError(f"chunk {chunk} of {self.count}")
+        start = chunk * self.chunk_elements
+        return slice(start, min(start + self.chunk_elements, self.elements))
+
+    def size(self, chunk: int) -> int:
+        """Elements of ``chunk``."""
+        return len(range(self.elements)[self.span(chunk)])
+
+
+class ChunkCodec:
+    """A codec over the chunks of one vector: memoryviews in, memoryviews out, scratch from a pool.
+
+    Called from several worker threads at once, for different chunks. Its operations are not divided among torch
+    threads: the cores are better used by several chunks side by side (DESIGN, trap 13).
+    """
+
+    def __init__(self, codec: Codec, chunks: Chunks, allocate: Callable[[int], Tensor] = torch.empty) -> None:
+        """``allocate(n)`` makes scratch, fp32 (n,) on the host: pinned, if a device copies into it."""
+        self._codec = codec
+        self._chunks = chunks
+        self._scratch = ScratchPool(min(chunks.chunk_elements, chunks.elements), allocate)
+
+    def payload_bytes(self, chunk: int) -> int:
+        """Size of a payload of ``chunk``."""
+        return self._codec.payload_bytes(self._chunks.size(chunk))
+
+    @contextmanager
+    def work_on(self, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Two scratch tensors fp32 (elements of the chunk,); inside, torch does not divide operations."""
+        with torch_threads(1), self._scratch.borrow(self._chunks.size(chunk)) as scratch:
+            yield scratch
+
+    def encode(self, values: Tensor, out: memoryview, scratch: Tensor) -> None:
+        """As :meth:`Codec.encode`, into ``out``."""
+        self._codec.encode(values, as_tensor(out), scratch)
+
+    def decode(self, mean: memoryview, out: Tensor) -> None:
+        """Decode ``mean`` into ``out``, fp32 (elements of the chunk,).
+
+        Raises :class:`ProtocolError` if it is not valid; ``out`` is then as it was.
+        """
+        payload = as_tensor(mean)
+        if reason := self._codec.check(payload, out.numel()):
+            raise ProtocolError(f"a mean is not valid: {reason}; fetch it from another member")
+        self._codec.decode(payload, out)
+
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+        """As :func:`weighted_mean`."""
+        with self.work_on(chunk) as scratch:
+            return weighted_mean(self._codec, [as_tensor(p) for p in payloads], weights, as_tensor(out), scratch)

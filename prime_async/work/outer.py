@@ -1,0 +1,183 @@
+"""The outer state: the weights that all nodes share bit for bit, their momentum, and the step that moves them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import blake3
+import numpy as np
+import torch
+from torch import Tensor
+
+from prime_async.config.schema import OuterSettings
+from prime_async.errors import LocalError, ProtocolError
+from prime_async.work.chunks import Chunks
+from prime_async.work.codec import as_bytes, as_tensor
+from prime_async.work.inner import Span
+
+MOMENTUM_PREFIX = "momentum."
+
+
+class OuterState:
+    """Outer weights theta and momentum m, fp32 on the host, after ``round`` outer steps.
+
+    The outer optimiser is DiLoCo's (arXiv 2311.08105): SGD with Nesterov momentum on the mean pseudo-gradient g, in the
+    form of ``torch.optim.SGD(nesterov=True)`` (Sutskever et al. 2013, as torch's documentation gives it)::
+
+        m     <- mu * m + g
+        theta <- theta - lr * (g + mu * m)
+
+    Every multiplication and addition is rounded for itself, in fp32. torch's own step is not used: its ``alpha=`` forms
+    are fused on some processors and not on others.
+
+    Methods may be called from any thread. A chunk has a lock of its own: who exports it sees it before or after a step,
+    never between. ``round`` and the digest change in ``end_round``, ``end_import`` and ``load_named`` alone.
+
+    A chunk's digest is the BLAKE3 of its exported bytes, taken right after they change, while they are in the
+    cache. The digest of the whole is the BLAKE3 of the round, 8 bytes little-endian, and the chunks' digests in order.
+    """
+
+    def __init__(self, theta: Tensor, chunk_elements: int, settings: OuterSettings) -> None:
+        """``theta``, fp32 (n,) on the host, is taken over and not copied."""
+        self.chunks = Chunks(theta.numel(), chunk_elements)
+        self._theta = theta
+        self._momentum = torch.zeros_like(theta)
+        self._learning_rate = float(np.float32(settings.learning_rate))
+        self._mu = float(np.float32(settings.momentum))
+        self._locks = [threading.Lock() for _ in range(self.chunks.count)]
+        self._digests = [self._hash(chunk) for chunk in range(self.chunks.count)]
+        self._changed: set[int] = set()  # chunks stepped or imported since the round began
+        self._round = 0
+        self._digest = self._combine()
+
+    @property
+    def round(self) -> int:
+        """Outer steps taken."""
+        return self._round
+
+    @property
+    def digest(self) -> bytes:
+        """Of the state after ``round`` steps, 32 bytes; unchanged while the chunks of the next step are applied."""
+        return self._digest
+
+    def theta(self, chunk: int) -> Tensor:
+        """The outer weights of ``chunk``, fp32, to read; a view."""
+        return self._theta[self.chunks.span(chunk)]
+
+    @contextmanager
+    def whole_theta(self) -> Iterator[Tensor]:
+        """All outer weights, fp32 (n,), the caller's alone inside: it leaves them as they were. Exports wait."""
+        with self._all_locks():
+            yield self._theta
+
+    def named(self, spans: Sequence[Span]) -> dict[str, Tensor]:
+        """Views of the weights by parameter name, and of the momentum by ``momentum.`` and the name."""
+        parts = [("", self._theta), (MOMENTUM_PREFIX, self._momentum)]
+        return {prefix + s.name: flat[s.start : s.stop].view(s.shape) for prefix, flat in parts for s in spans}
+
+    def load_named(self, spans: Sequence[Span], tensors: Mapping[str, Tensor], round: int) -> bytes:
+        """Replace all by what :meth:`named` gave after ``round`` rounds. Returns the digest.
+
+        Raises :class:`KeyError` or :class:`ValueError` if a tensor is missing, not fp32, or has another shape; the
+        state is then as it was.
+        """
+        own = self.named(spans)
+        for name, view in own.items():
+            found = tensors[name]
+            if found.shape != view.shape or found.dtype != view.dtype:
+                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {view.dtype} {tuple(view.shape)}")
+        with self._all_locks():
+            for name, view in own.items():
+                view.copy_(tensors[name])
+            self._digests = [self._hash(chunk) for chunk in range(self.chunks.count)]
+        self._changed = set(range(self.chunks.count))
+        return self._close(round, "load")
+
+    def chunk_digest(self, chunk: int) -> bytes:
+        """BLAKE3 of what :meth:`export_chunk` gives, 32 bytes."""
+        with self._locks[chunk]:
+            return self._digests[chunk]
+
+    def step(self, chunk: int, gradient: Tensor, scratch: Tensor) -> None:
+        """Move ``chunk`` along the mean pseudo-gradient, fp32 (elements of the chunk,). ``scratch``: the same size.
+
+        Raises :class:`LocalError` if the chunk was moved before in this round: the state is then unchanged.
+        """
+        theta, momentum = self.theta(chunk), self._momentum[self.chunks.span(chunk)]
+        with self._locks[chunk]:
+            if chunk in self._changed:
+                raise LocalError(f"chunk {chunk} was applied twice in round {self._round}: apply each mean once")
+            self._changed.add(chunk)
+            momentum.mul_(self._mu)
+            momentum.add_(gradient)
+            torch.mul(momentum, self._mu, out=scratch)
+            scratch.add_(gradient)
+            scratch.mul_(self._learning_rate)
+            theta.sub_(scratch)
+            self._digests[chunk] = self._hash(chunk)
+
+    def end_round(self) -> bytes:
+        """Count the round, once every chunk was moved. Returns the digest."""
+        return self._close(self._round + 1, "apply")
+
+    def state_bytes(self, chunk: int) -> int:
+        """Size of an exported chunk."""
+        return 8 * self.chunks.size(chunk)
+
+    def export_chunk(self, chunk: int) -> bytes:
+        """The chunk's theta and then its momentum, fp32 little-endian. Its BLAKE3 is the chunk's digest."""
+        with self._locks[chunk]:
+            return b"".join(self._views(chunk))
+
+    def import_chunk(self, chunk: int, data: memoryview) -> None:
+        """Replace the chunk by what another node exported.
+
+        Raises :class:`ProtocolError` if the size is wrong; the chunk is then as it was.
+        """
+        if data.nbytes != self.state_bytes(chunk):
+            raise ProtocolError(
+                f"the state of chunk {chunk} has {data.nbytes} bytes instead of {self.state_bytes(chunk)}: "
+                "fetch it from another member"
+            )
+        span, half = self.chunks.span(chunk), data.nbytes // 2
+        source = as_tensor(data)
+        with self._locks[chunk]:
+            self._changed.add(chunk)
+            self._theta[span].view(torch.uint8).copy_(source[:half])
+            self._momentum[span].view(torch.uint8).copy_(source[half:])
+            self._digests[chunk] = self._hash(chunk)
+
+    def end_import(self, round: int) -> bytes:
+        """After every chunk was imported: this is the state after ``round`` rounds. Returns the digest."""
+        return self._close(round, "import")
+
+    def _close(self, round: int, verb: str) -> bytes:
+        missing = self.chunks.count - len(self._changed)
+        if missing:
+            raise LocalError(f"{missing} of {self.chunks.count} chunks are missing: {verb} all of them first")
+        self._changed.clear()
+        self._round = round
+        self._digest = self._combine()
+        return self._digest
+
+    @contextmanager
+    def _all_locks(self) -> Iterator[None]:
+        with ExitStack() as held:
+            for lock in self._locks:
+                held.enter_context(lock)
+            yield
+
+    def _combine(self) -> bytes:
+        return blake3.blake3(b"".join([self._round.to_bytes(8, "little"), *self._digests])).digest()
+
+    def _hash(self, chunk: int) -> bytes:
+        hasher = blake3.blake3()
+        for view in self._views(chunk):
+            hasher.update(view)
+        return hasher.digest()
+
+    def _views(self, chunk: int) -> list[memoryview]:
+        span = self.chunks.span(chunk)
+        return [as_bytes(self._theta[span]), as_bytes(self._momentum[span])]

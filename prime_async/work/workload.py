@@ -1,0 +1,112 @@
+"""What an exchange needs of whoever trains: the interface between the actors and the tensors.
+
+:class:`prime_async.work.diloco.DilocoWorkload` is the one that trains a model; the benchmark averages a plain
+buffer through the same interface. All methods but the properties run in worker threads, never two at once on the
+same chunk; none of them knows of an event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One inner step that was done."""
+
+    step: int  # inner steps of this node since it started
+    loss: float  # nats per token, mean over the step's batch
+    tokens: int
+    seconds: float
+
+
+class Workload(Protocol):
+    """A flat vector of fp32 elements in chunks, shared by all nodes, and the local work that moves it."""
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks the vector has."""
+        ...
+
+    @property
+    def round(self) -> int:
+        """Outer steps in the outer state."""
+        ...
+
+    def payload_bytes(self, chunk: int) -> int:
+        """Size of an encoded contribution to, or mean of, ``chunk``."""
+        ...
+
+    def state_bytes(self, chunk: int) -> int:
+        """Size of the outer state of ``chunk``."""
+        ...
+
+    def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
+        """Do ``steps`` inner steps. ``on_step`` is called after each, and may raise to stop there."""
+        ...
+
+    def encode(self, chunk: int, out: memoryview) -> None:
+        """Write this node's contribution to ``chunk``, ``payload_bytes(chunk)`` bytes, into ``out``.
+
+        Raises :class:`~prime_async.errors.NonFiniteError` if an element is NaN or infinite.
+        """
+        ...
+
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+        """Write the encoded weighted mean of ``payloads`` into ``out``; sums in fp32 and in the order given.
+
+        Returns the positions of the payloads that were left out because they are not valid (wrong size, or not
+        finite); their weights do not count. With nothing left the mean is zero.
+        """
+        ...
+
+    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
+        """Take the outer step on ``chunk`` with the encoded ``mean``, and move the local weights with it.
+
+        ``included``: this node's contribution is in the mean, so its local progress is used up. Otherwise it is kept,
+        for the next contribution.
+        """
+        ...
+
+    def end_round(self) -> bytes:
+        """After ``apply`` of every chunk: count the round. Returns the digest of the outer state, 32 bytes."""
+        ...
+
+    def state_digest(self) -> bytes:
+        """The digest of the outer state, 32 bytes: equal on two nodes if and only if all its bits are."""
+        ...
+
+    def restore(self) -> None:
+        """Give up the local progress: local weights are the outer weights, the inner optimiser starts afresh."""
+        ...
+
+    def export_state(self, chunk: int) -> bytes:
+        """The outer state of ``chunk``: ``state_bytes(chunk)`` bytes that ``import_state`` takes on another node."""
+        ...
+
+    def import_state(self, chunk: int, data: memoryview) -> None:
+        """Replace the outer state of ``chunk``."""
+        ...
+
+    def end_import(self, round: int) -> bytes:
+        """After ``import_state`` of every chunk: the outer state is that after ``round`` rounds. Returns its digest."""
+        ...
+
+    def named_state(self) -> Mapping[str, Tensor]:
+        """The outer state to keep on disk, fp32: views, by parameter name. Empty: there is nothing to keep."""
+        ...
+
+    def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:
+        """Replace the outer state by what ``named_state`` gave after ``round`` rounds. Returns its digest.
+
+        Raises ``KeyError`` or ``ValueError`` if a tensor is missing, or has another shape.
+        """
+        ...
+
+    def evaluate(self) -> float:
+        """Held-out loss of the outer weights, nats per token; NaN if the workload has none."""
+        ...
