@@ -10,7 +10,7 @@ indefinite lengths, non-canonical forms, then the type and bounds of every field
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeAlias, TypeVar
 
 import cbor2
 import msgspec
@@ -24,10 +24,14 @@ MAX_HEADER_BYTES: Final = 1 << 16
 MAX_DEPTH: Final = 8
 DIGEST_BYTES: Final = 32
 
+MAX_TOKENS: Final = 2**47 - 1
+"""Of one contribution: those of 65,536 members add up to less than 2^63."""
+
 NodeId: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64)]
 """A node's CURVE public key as 64 lower-case hexadecimal digits (any short string on the in-memory transport)."""
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Tokens: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 """A BLAKE3 digest, 32 bytes."""
 Bitmap: TypeAlias = Annotated[bytes, Meta(max_length=8192)]
@@ -59,7 +63,7 @@ class View(Struct, frozen=True, kw_only=True):
     epoch: Count
     number: Count
     leader: NodeId
-    members: Annotated[tuple[Member, ...], Meta(max_length=65536)]
+    members: Annotated[tuple[Member, ...], Meta(max_length=65536)]  # and MAX_CONTROL_BYTES: about 5,000 in one message
 
     def member(self, node: str) -> Member | None:
         return next((m for m in self.members if m.id == node), None)
@@ -144,7 +148,7 @@ class Ready(Struct, frozen=True, kw_only=True, tag_field="t", tag="ready"):
     """
 
     round: Count
-    weight: Count
+    weight: Tokens
 
 
 class Plan(Struct, frozen=True, kw_only=True, tag_field="t", tag="plan"):
@@ -159,7 +163,7 @@ class Plan(Struct, frozen=True, kw_only=True, tag_field="t", tag="plan"):
     attempt: Count
     view: Count
     contributors: Bitmap
-    weights: Annotated[tuple[Count, ...], Meta(max_length=65536)]
+    weights: Annotated[tuple[Tokens, ...], Meta(max_length=65536)]
 
 
 class Have(Struct, frozen=True, kw_only=True, tag_field="t", tag="have"):
@@ -247,10 +251,27 @@ class Missing(Struct, frozen=True, kw_only=True, tag_field="t", tag="missing"):
     text: Text = ""
 
 
-BulkHeader: TypeAlias = Get | Found | Missing
+class Withdraw(Struct, frozen=True, kw_only=True, tag_field="t", tag="withdraw"):
+    """The get of this number is not waited for any more: whoever asked does not want the answer."""
+
+    id: Count
+
+
+BulkHeader: TypeAlias = Get | Found | Missing | Withdraw
 """Every header of the bulk plane."""
 
 T = TypeVar("T")
+
+
+def _refuse_tag(*_: object) -> NoReturn:
+    raise ValueError("tags are not allowed")
+
+
+class _NoTags(dict[int, Any]):
+    """Stands in for cbor2's table of tag decoders, which run on what a peer sent: one took 20 s for half a megabyte."""
+
+    def __missing__(self, tag: int) -> Any:
+        return _refuse_tag
 
 
 def encode(value: Any) -> bytes:
@@ -268,7 +289,13 @@ def decode(data: bytes, kind: Any, *, limit: int = MAX_CONTROL_BYTES) -> Any:
         raise ProtocolError(f"{len(data)} bytes where at most {limit} are allowed")
     try:
         tree = cbor2.loads(
-            data, max_depth=MAX_DEPTH, allow_duplicate_keys=False, allow_indefinite=False, strict_hashable_types=True
+            data,
+            max_depth=MAX_DEPTH,
+            allow_duplicate_keys=False,
+            allow_indefinite=False,
+            strict_hashable_types=True,
+            semantic_decoders=_NoTags(),
+            tag_hook=_refuse_tag,
         )
         # loads() ignores trailing bytes and accepts longer forms of the same value: the way back shows both.
         if cbor2.dumps(tree, canonical=True) != data:

@@ -10,7 +10,7 @@ import pytest
 from prime_async.config.load import parse_config
 from prime_async.config.reference import tables
 from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSettings, RunSpec
-from prime_async.config.spec import differences, flatten, literal, run_id
+from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
 GOLDEN = "713bac569db1f42695992c10373ab4c777cb9430f6f65e7a2894eee1a3f27c7a"
@@ -86,27 +86,6 @@ def test_the_longest_spec_fits_into_a_hello() -> None:
 
     assert decode(encode(hello), Message) == hello
     assert msgspec.convert(settings, dict[str, str]) == settings
-
-
-def test_each_setting_that_differs_has_one_readable_line() -> None:
-    ours = flatten(RunSpec(name="a"))
-    theirs = flatten(RunSpec(name="b", inner=InnerSettings(learning_rate=0.001)))
-
-    assert differences(ours, theirs) == (
-        'run.name: here "a", there "b"',
-        "run.inner.learning_rate: here 0.0004, there 0.001",
-    )
-
-
-def test_settings_that_only_one_side_knows_are_differences_too() -> None:
-    assert differences({"run.a": "1", "run.b": "2"}, {"run.b": "2", "run.c": "3"}) == (
-        "run.a: here 1, there missing",
-        "run.c: here missing, there 3",
-    )
-
-
-def test_equal_runs_do_not_differ() -> None:
-    assert differences(flatten(RunSpec(name="x")), flatten(RunSpec(name="x", seed=0))) == ()
 
 
 def test_a_table_is_shown_on_one_line() -> None:

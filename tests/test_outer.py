@@ -165,10 +165,12 @@ def test_export_beside_a_step_is_never_a_mixture() -> None:
     state = OuterState(normal(n), n, OuterSettings())
     gradient = normal(n, seed=1)
     whole, exports, done = {state.chunk_digest(0)}, set[bytes](), threading.Event()
+    exported = threading.Semaphore(0)
 
     def export() -> None:
         while not done.is_set():
             exports.add(blake3.blake3(state.export_chunk(0)).digest())
+            exported.release()
 
     thread = threading.Thread(target=export)
     thread.start()
@@ -177,6 +179,9 @@ def test_export_beside_a_step_is_never_a_mixture() -> None:
         state.step(0, gradient, scratch)
         whole.add(state.chunk_digest(0))
         state.end_round()
+        while exported.acquire(blocking=False):
+            pass
+        assert exported.acquire(timeout=60)  # an export ends between any two steps
     done.set()
     thread.join()
     assert len(exports) > 1

@@ -1,9 +1,9 @@
-"""The run spec as flat text: what a node sends when it asks to join, its digest, and what differs from another's."""
+"""The run spec as flat text: what a node sends when it asks to join, and its digest."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,6 @@ def run_id(run: RunSpec) -> bytes:
     Defaults are part of it: two versions of the program with different defaults must not meet in one run.
     """
     return blake3(encode(flatten(run))).digest()
-
-
-def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> tuple[str, ...]:
-    """One line for each setting that differs between two flat specs, in the order of ``ours``, then of ``theirs``."""
-    return tuple(
-        f"{key}: here {ours.get(key, 'missing')}, there {theirs.get(key, 'missing')}"
-        for key in dict.fromkeys([*ours, *theirs])
-        if ours.get(key) != theirs.get(key)
-    )
 
 
 def literal(value: Any) -> str:

@@ -38,6 +38,10 @@ class BufferWorkload:
         return cls(torch.randn(elements, generator=generator), chunk_elements, codec)
 
     @property
+    def elements(self) -> int:
+        return self._chunks.elements
+
+    @property
     def chunk_count(self) -> int:
         """See :class:`Workload`, as for all methods below."""
         return self._chunks.count

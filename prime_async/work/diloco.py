@@ -76,8 +76,12 @@ class DilocoWorkload:
         self._kept = False  # in a chunk of this round, local progress was kept
 
     @property
-    def chunk_count(self) -> int:
+    def elements(self) -> int:
         """See :class:`Workload`, as for all methods below."""
+        return self._outer.chunks.elements
+
+    @property
+    def chunk_count(self) -> int:
         return self._outer.chunks.count
 
     @property

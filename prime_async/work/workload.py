@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class StepReport:
 
 class Workload(Protocol):
     """A flat vector of fp32 elements in chunks, shared by all nodes, and the local work that moves it."""
+
+    @property
+    def elements(self) -> int:
+        """How long the vector is: the parameters of a model."""
+        ...
 
     @property
     def chunk_count(self) -> int:

@@ -1,0 +1,1 @@
+"""The tests: `pytest` runs all but those marked long."""
