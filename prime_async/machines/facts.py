@@ -1,0 +1,225 @@
+"""What happened, as a person or a program that watches a node would put it.
+
+A machine that has something to tell emits ``Report(fact=...)``. The same value becomes a line of the log (its tag is
+the event's name, its fields are the keys) and an item of ``node.events``.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from msgspec import Struct
+
+
+class InnerStepDone(Struct, frozen=True, kw_only=True, tag="inner_step_done"):
+    """One inner step. ``loss`` in nats per token; ``step`` counts this node's steps since it started."""
+
+    round: int
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
+
+
+class HeldOutLoss(Struct, frozen=True, kw_only=True, tag="held_out_loss"):
+    """The outer weights after ``round`` rounds on text that no node trains on, nats per token."""
+
+    round: int
+    loss: float
+
+
+class Founded(Struct, frozen=True, kw_only=True, tag="founded"):
+    """This node began the run."""
+
+
+class Joined(Struct, frozen=True, kw_only=True, tag="joined"):
+    """The leader took this node into the run."""
+
+    leader: str
+    view: int
+    round: int
+
+
+class StillAsking(Struct, frozen=True, kw_only=True, tag="still_asking"):
+    """No member has answered for so many seconds."""
+
+    contacts: tuple[str, ...]
+    seconds: float
+
+
+class KeyDenied(Struct, frozen=True, kw_only=True, tag="key_denied"):
+    """The node at ``address`` does not allow our key."""
+
+    peer: str
+    address: str
+
+
+class MemberJoined(Struct, frozen=True, kw_only=True, tag="member_joined"):
+    """The leader took a node in."""
+
+    peer: str
+    name: str
+    view: int
+
+
+class MemberLost(Struct, frozen=True, kw_only=True, tag="member_lost"):
+    """The leader removed a member that was silent for ``silent_s`` seconds."""
+
+    peer: str
+    name: str
+    silent_s: float
+    view: int
+
+
+class MemberLeft(Struct, frozen=True, kw_only=True, tag="member_left"):
+    """A member said goodbye."""
+
+    peer: str
+    name: str
+    view: int
+
+
+class HelloRefused(Struct, frozen=True, kw_only=True, tag="hello_refused"):
+    """The leader refused a node."""
+
+    peer: str
+    reason: str
+    text: str
+    differences: tuple[str, ...] = ()
+
+
+class ViewAdopted(Struct, frozen=True, kw_only=True, tag="view_adopted"):
+    """This node goes by a new view. ``members`` are names, in order; ``active`` counts those that are waited for."""
+
+    epoch: int
+    view: int
+    leader: str
+    members: tuple[str, ...]
+    active: int
+
+
+class LeaderSilent(Struct, frozen=True, kw_only=True, tag="leader_silent"):
+    """This member has heard nothing from its leader for ``silent_s``, and asks again to join."""
+
+    leader: str
+    silent_s: float
+
+
+class RunEnding(Struct, frozen=True, kw_only=True, tag="run_ending"):
+    """The leader said goodbye; this node keeps its outer state and stops."""
+
+    text: str
+
+
+class SlowWake(Struct, frozen=True, kw_only=True, tag="slow_wake"):
+    """This node was not run for ``seconds``; it gives its peers that much more time before it judges their silence."""
+
+    seconds: float
+
+
+class StateDiverged(Struct, frozen=True, kw_only=True, tag="state_diverged"):
+    """Two outer states, or sets of means, that must be equal are not."""
+
+    peer: str
+    round: int
+    ours: str
+    theirs: str
+
+
+class WaitingForMembers(Struct, frozen=True, kw_only=True, tag="waiting_for_members"):
+    """No round is planned: fewer members are active than ``min_members``."""
+
+    round: int
+    active: int
+    min_members: int
+
+
+class RoundPlanned(Struct, frozen=True, kw_only=True, tag="round_planned"):
+    """The exchange of a round begins, or begins again under a higher attempt."""
+
+    round: int
+    epoch: int
+    attempt: int
+    contributors: int
+    chunks_owned: int
+
+
+class ContributorLeftOut(Struct, frozen=True, kw_only=True, tag="contributor_left_out"):
+    """This node, owner of ``chunk``, reduces it without ``peer``."""
+
+    round: int
+    chunk: int
+    peer: str
+    reason: str
+
+
+class RoundCommitted(Struct, frozen=True, kw_only=True, tag="round_committed"):
+    """A quorum holds the same means; they are the round's."""
+
+    round: int
+    attempt: int
+
+
+class RoundFinished(Struct, frozen=True, kw_only=True, tag="round_finished"):
+    """The outer step of ``round`` is taken. ``state_digest``: of the outer state after it, hexadecimal."""
+
+    round: int
+    state_digest: str
+    tokens: int
+    training_s: float
+    exchange_s: float
+
+
+class RoundIgnored(Struct, frozen=True, kw_only=True, tag="round_message_ignored"):
+    """A message about a round made no sense here."""
+
+    peer: str
+    round: int
+    reason: str
+
+
+class NonFiniteProgress(Struct, frozen=True, kw_only=True, tag="non_finite_progress"):
+    """The inner steps of a round ended in NaN or infinity; the node starts again from the outer weights."""
+
+    round: int
+    times: int
+
+
+class StateFetchStarted(Struct, frozen=True, kw_only=True, tag="state_fetch_started"):
+    """This node fetches the outer state from a member."""
+
+    round: int
+    provider: str
+
+
+class StateFetched(Struct, frozen=True, kw_only=True, tag="state_fetched"):
+    """The outer state came, whole and verified."""
+
+    round: int
+    seconds: float
+
+
+class StateSaved(Struct, frozen=True, kw_only=True, tag="state_saved"):
+    """The outer state is on disk."""
+
+    round: int
+    path: str
+
+
+class PeerDropped(Struct, frozen=True, kw_only=True, tag="peer_dropped"):
+    """A peer broke the protocol."""
+
+    peer: str
+    plane: str
+    reason: str
+    times: int
+    shut_out: bool
+
+
+Fact: TypeAlias = (
+    InnerStepDone | HeldOutLoss | Founded | Joined | StillAsking | KeyDenied | MemberJoined | MemberLost | MemberLeft
+    | HelloRefused | ViewAdopted | LeaderSilent | RunEnding | SlowWake | StateDiverged | WaitingForMembers
+    | RoundPlanned | ContributorLeftOut | RoundCommitted | RoundFinished | RoundIgnored | NonFiniteProgress
+    | StateFetchStarted | StateFetched | StateSaved | PeerDropped
+)  # fmt: skip
+"""Everything that ``node.events`` can give."""

@@ -1,0 +1,366 @@
+"""The events that machines are given and the effects they answer with.
+
+All are frozen values with a tag, so that a log can hold them and a replay can compare them. An event says what
+happened; an effect says what is to be done, and its docstring names the event that reports the outcome.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, TypeAlias
+
+from msgspec import Struct
+
+from prime_async.machines.facts import Fact
+from prime_async.messages import ChunkInfo, ChunkKey, Message, View
+
+ActorName: TypeAlias = Literal["membership", "exchange", "checkpoint", "training"]
+
+# --- events -----------------------------------------------------------------------------------------------------
+
+
+class Tick(Struct, frozen=True, kw_only=True, tag="tick"):
+    """The time of the machine's last ``WakeAt`` has come."""
+
+
+class Heard(Struct, frozen=True, kw_only=True, tag="heard"):
+    """A control message came from ``peer``."""
+
+    peer: str
+    message: Message
+
+
+class DoorClosed(Struct, frozen=True, kw_only=True, tag="door_closed"):
+    """The node at ``address`` does not allow our key."""
+
+    peer: str
+    address: str
+
+
+class Offended(Struct, frozen=True, kw_only=True, tag="offended"):
+    """A peer broke the protocol; ``shut_out``: once too often."""
+
+    peer: str
+    plane: str
+    reason: str
+    times: int
+    shut_out: bool
+
+
+class StateAt(Struct, frozen=True, kw_only=True, tag="state_at"):
+    """This node's outer state is that after ``round`` rounds, and has this digest."""
+
+    round: int
+    digest: bytes
+
+
+class RunAt(Struct, frozen=True, kw_only=True, tag="run_at"):
+    """The run's outer state is that after ``round`` rounds; ``provider`` holds it."""
+
+    round: int
+    digest: bytes
+    provider: str
+
+
+class ViewChanged(Struct, frozen=True, kw_only=True, tag="view_changed"):
+    """The members are now these."""
+
+    view: View
+
+
+class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
+    """Inner steps done by this node since it started."""
+
+    inner_steps: int
+
+
+class AskAgain(Struct, frozen=True, kw_only=True, tag="ask_again"):
+    """To membership: the state that the leader named is gone, ask what it is now."""
+
+
+class FetchState(Struct, frozen=True, kw_only=True, tag="fetch_state"):
+    """To checkpoint: this node's outer state is not the run's any more."""
+
+
+class Begin(Struct, frozen=True, kw_only=True, tag="begin"):
+    """To training: the outer state, after ``round`` rounds, is the run's; train whenever this node is active."""
+
+    round: int
+
+
+class Halt(Struct, frozen=True, kw_only=True, tag="halt"):
+    """To training: stop, and leave the tensors alone until the next ``Begin``."""
+
+
+class Halted(Struct, frozen=True, kw_only=True, tag="halted"):
+    """To checkpoint: the tensors are at rest."""
+
+
+class ContributionFixed(Struct, frozen=True, kw_only=True, tag="contribution_fixed"):
+    """To exchange: this node's contribution is encoded and can be served."""
+
+    round: int
+    weight: int
+
+
+class MeansCommitted(Struct, frozen=True, kw_only=True, tag="means_committed"):
+    """To training: the means of this attempt are the round's, and all of them are here.
+
+    ``position``: of this node in the bitmaps of the means' headers; -1 if it was not in their plan.
+    """
+
+    round: int
+    epoch: int
+    attempt: int
+    position: int
+
+
+class Leave(Struct, frozen=True, kw_only=True, tag="leave"):
+    """To membership: say goodbye. To training: finish the round (or, ``at_once``, the step), save, then leave."""
+
+    at_once: bool = False
+
+
+class Fetched(Struct, frozen=True, kw_only=True, tag="fetched"):
+    """A chunk came from ``peer`` and is held under its key."""
+
+    peer: str
+    key: ChunkKey
+    info: ChunkInfo
+
+
+FetchFault: TypeAlias = Literal["gone", "late", "unreachable", "invalid"]
+
+
+class FetchFailed(Struct, frozen=True, kw_only=True, tag="fetch_failed"):
+    """A chunk did not come."""
+
+    peer: str
+    key: ChunkKey
+    fault: FetchFault
+
+
+class Reduced(Struct, frozen=True, kw_only=True, tag="reduced"):
+    """A mean was made and can be served. ``left_out``: contributors whose bytes were not valid."""
+
+    key: ChunkKey
+    info: ChunkInfo
+    left_out: tuple[str, ...] = ()
+
+
+class StepsDone(Struct, frozen=True, kw_only=True, tag="steps_done"):
+    """The inner steps asked for are done, or were stopped early after ``steps``."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class Encoded(Struct, frozen=True, kw_only=True, tag="encoded"):
+    """The contribution is encoded; ``finite`` says whether it can be used."""
+
+    round: int
+    finite: bool
+
+
+class Applied(Struct, frozen=True, kw_only=True, tag="applied"):
+    """The outer step is taken."""
+
+    round: int
+    digest: bytes
+
+
+class Evaluated(Struct, frozen=True, kw_only=True, tag="evaluated"):
+    """Held-out loss of the outer weights, nats per token."""
+
+    loss: float
+
+
+class Restored(Struct, frozen=True, kw_only=True, tag="restored"):
+    """The local weights are the outer weights again."""
+
+
+class Saved(Struct, frozen=True, kw_only=True, tag="saved"):
+    """The outer state is on disk at ``path`` ("": there is nowhere to save it)."""
+
+    path: str
+
+
+class ChunkImported(Struct, frozen=True, kw_only=True, tag="chunk_imported"):
+    """A fetched chunk of the state is in its place."""
+
+    key: ChunkKey
+
+
+class Imported(Struct, frozen=True, kw_only=True, tag="imported"):
+    """All chunks are in their places, and give this digest."""
+
+    round: int
+    digest: bytes
+
+
+Event: TypeAlias = (
+    Tick | Heard | DoorClosed | Offended | StateAt | RunAt | ViewChanged | Progress | AskAgain | FetchState | Begin
+    | Halt | Halted | ContributionFixed | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone
+    | Encoded | Applied | Evaluated | Restored | Saved | ChunkImported | Imported
+)  # fmt: skip
+"""Everything that can happen to a machine."""
+
+# --- effects ----------------------------------------------------------------------------------------------------
+
+
+class WakeAt(Struct, frozen=True, kw_only=True, tag="wake_at"):
+    """Give this machine a ``Tick`` at ``at`` (its own clock, seconds). Replaces the wish before it."""
+
+    at: float
+
+
+class Report(Struct, frozen=True, kw_only=True, tag="report"):
+    """Tell whoever watches."""
+
+    fact: Fact
+
+
+class Tell(Struct, frozen=True, kw_only=True, tag="tell"):
+    """Give ``event`` to another machine of this node."""
+
+    actor: ActorName
+    event: Event
+
+
+class Send(Struct, frozen=True, kw_only=True, tag="send"):
+    """Send a control message. It may be lost."""
+
+    peer: str
+    message: Message
+
+
+class Dial(Struct, frozen=True, kw_only=True, tag="dial"):
+    """Connect to the control plane of a node that is no member yet, or not known to be one."""
+
+    peer: str
+    control: str
+
+
+class ConnectMembers(Struct, frozen=True, kw_only=True, tag="connect_members"):
+    """Allow and dial exactly the members of ``view``, and the ``contacts``; hang up on all others."""
+
+    view: View
+    contacts: tuple[str, ...] = ()
+
+
+FailureKind: TypeAlias = Literal["refused", "leader_lost", "non_finite"]
+
+
+class Fail(Struct, frozen=True, kw_only=True, tag="fail"):
+    """This node cannot go on."""
+
+    kind: FailureKind
+    text: str
+    reason: str = ""
+    differences: tuple[str, ...] = ()
+
+
+class Finish(Struct, frozen=True, kw_only=True, tag="finish"):
+    """This node has left the run; it can stop."""
+
+
+class Fetch(Struct, frozen=True, kw_only=True, tag="fetch"):
+    """Get a chunk from a peer: ``Fetched`` or ``FetchFailed``."""
+
+    peer: str
+    key: ChunkKey
+    timeout_s: float
+
+
+class CancelFetches(Struct, frozen=True, kw_only=True, tag="cancel_fetches"):
+    """Abandon this machine's fetches, without an event, and drop the contributions that they brought."""
+
+
+class Reduce(Struct, frozen=True, kw_only=True, tag="reduce"):
+    """Make the mean ``key`` of the contributions of ``contributors``, in this order: ``Reduced``.
+
+    ``members`` is the plan's view as ids, over which the bitmap of the mean's header is made.
+    """
+
+    key: ChunkKey
+    contributors: tuple[str, ...]
+    weights: tuple[int, ...]
+    members: tuple[str, ...]
+
+
+class Forget(Struct, frozen=True, kw_only=True, tag="forget"):
+    """Drop means of rounds before ``means_before``, and contributions of rounds before ``contributions_before``."""
+
+    means_before: int
+    contributions_before: int
+
+
+class RunSteps(Struct, frozen=True, kw_only=True, tag="run_steps"):
+    """Do inner steps: ``StepsDone``."""
+
+    round: int
+    steps: int
+
+
+class StopSteps(Struct, frozen=True, kw_only=True, tag="stop_steps"):
+    """End ``RunSteps`` after the step that is under way: its ``StepsDone`` comes early."""
+
+
+class Encode(Struct, frozen=True, kw_only=True, tag="encode"):
+    """Encode this node's contribution, chunk by chunk: ``Encoded``."""
+
+    round: int
+
+
+class Apply(Struct, frozen=True, kw_only=True, tag="apply"):
+    """Take the outer step with the means of this attempt: ``Applied``.
+
+    Chunks whose mean does not count ``position`` keep this node's local progress for the next contribution.
+    """
+
+    round: int
+    epoch: int
+    attempt: int
+    position: int
+
+
+class Evaluate(Struct, frozen=True, kw_only=True, tag="evaluate"):
+    """Measure the held-out loss of the outer weights: ``Evaluated``."""
+
+    round: int
+
+
+class Restore(Struct, frozen=True, kw_only=True, tag="restore"):
+    """Give up the local progress: ``Restored``."""
+
+
+class Save(Struct, frozen=True, kw_only=True, tag="save"):
+    """Write the outer state to disk: ``Saved``."""
+
+
+class ImportChunk(Struct, frozen=True, kw_only=True, tag="import_chunk"):
+    """Put a fetched chunk of the state in its place: ``ChunkImported``."""
+
+    peer: str
+    key: ChunkKey
+
+
+class EndImport(Struct, frozen=True, kw_only=True, tag="end_import"):
+    """All chunks of the state are in their places: ``Imported``."""
+
+    round: int
+
+
+Effect: TypeAlias = (
+    WakeAt | Report | Tell | Send | Dial | ConnectMembers | Fail | Finish | Fetch | CancelFetches | Reduce | Forget
+    | RunSteps | StopSteps | Encode | Apply | Evaluate | Restore | Save | ImportChunk | EndImport
+)  # fmt: skip
+"""Everything that a machine can ask for."""
+
+
+class Machine(Protocol):
+    """A pure state machine. It is given one event at a time, with a clock that never goes back."""
+
+    def handle(self, now: float, event: Event) -> list[Effect]:
+        """The effects of ``event`` at ``now`` (seconds of a monotonic clock), in the order to perform them."""
+        ...
