@@ -1,0 +1,895 @@
+"""Writes the golden vectors and the rejected bytes of protocol 1 from the values below.
+
+Run it from the repository root, ``python protocols/regenerate.py``, after *adding* a case here: for a new message, a
+new field, a rule that was broken once. It writes what is not there yet, and refuses to change what is: a vector that
+changes is another protocol, and other implementations, older logs and running nodes know only the old one. If a
+vector was wrong from the start, ``--force`` replaces it; read the diff by hand then, and say in the commit why.
+
+The tests never run this. They hold the code to the files, so that a change of the code cannot change both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cbor2
+import msgspec
+import numpy as np
+import torch
+from blake3 import blake3
+
+from prime_async.config.schema import OuterSettings
+from prime_async.errors import NonFiniteError
+from prime_async.log import LOG_VERSION, LogHeader, LogRecord, MachineSettings, effects_digest
+from prime_async.machines.checkpoint import CheckpointSettings
+from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
+from prime_async.machines.exchange import ExchangeSettings
+from prime_async.machines.leadership import ContactPoint, MembershipSettings
+from prime_async.machines.owners import chunk_owners
+from prime_async.machines.training import TrainingSettings
+from prime_async.machines.vocabulary import (
+    ActorName,
+    Applied,
+    AskAgain,
+    Begin,
+    ChunkImported,
+    ContributionFixed,
+    DoorClosed,
+    Encoded,
+    Evaluated,
+    Event,
+    Fetched,
+    FetchFailed,
+    FetchState,
+    Halt,
+    Halted,
+    Heard,
+    Imported,
+    Leave,
+    MeansCommitted,
+    Offended,
+    Progress,
+    Reduced,
+    Restored,
+    RunAt,
+    Saved,
+    StateAt,
+    StepsDone,
+    Tick,
+    ViewChanged,
+    WakeAt,
+)
+from prime_async.messages import (
+    Behind,
+    ChunkInfo,
+    ChunkKey,
+    Commit,
+    Found,
+    Get,
+    Goodbye,
+    Have,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    Member,
+    Missing,
+    Plan,
+    Ready,
+    Redirect,
+    Refuse,
+    View,
+    ViewUpdate,
+    Welcome,
+    Withdraw,
+    bitmap,
+    encode,
+)
+from prime_async.work.codec import CodecName, as_bytes, as_tensor, make_codec
+from prime_async.work.outer import OuterState
+from prime_async.work.reduce import weighted_mean
+
+V1 = Path(__file__).parent / "v1"
+MOST = 2**63 - 1
+MOST_TOKENS = 2**47 - 1  # of which 65536 members together have fewer than 2^63
+FP32_MAX = float(np.finfo(np.float32).max)
+
+# --- values that several cases share --------------------------------------------------------------------------------
+
+A, B, C = "0a" * 32, "1b" * 32, "2c" * 32
+D0, D1, D2 = bytes(32), bytes(range(32)), b"\xff" * 32
+ANNA = Member(id=A, name="anna", incarnation=1700000000000, control="tcp://192.0.2.1:7700", bulk="tcp://192.0.2.1:7701")
+BERT = Member(
+    id=B,
+    name="bert's café",
+    incarnation=1700000000123,
+    control="tcp://[2001:db8::2]:7700",
+    bulk="tcp://[2001:db8::2]:7701",
+    weight=3,
+    active=True,
+)
+BARE = Member(id="n", name="", incarnation=0, control="", bulk="", weight=0)
+FULL = Member(id="f" * 64, name="ä" * 64, incarnation=MOST, control="c" * 256, bulk="b" * 256, weight=MOST, active=True)
+VIEW = View(epoch=1, number=2, leader=B, members=(BERT, ANNA))
+SETTINGS = {"run.rounds": "0", "run.model.name": '"tiny"', "run.inner.learning_rate": "0.001", "run.a_longer_key": "[]"}
+LOSS_NAN = float("nan")
+
+
+def control_cases() -> list[tuple[str, Any]]:
+    """Name and value of every golden control message."""
+    return [
+        ("hello", Hello(protocol=1, run_id=D1, settings=SETTINGS, member=ANNA)),
+        ("hello_least", Hello(protocol=0, run_id=D0, settings={}, member=BARE)),
+        ("hello_most", Hello(protocol=MOST, run_id=D2, settings={"k" * 64: "v" * 300, "": ""}, member=FULL)),
+        ("welcome", Welcome(view=VIEW, round=12, state_digest=D1)),
+        (
+            "welcome_least",
+            Welcome(view=View(epoch=0, number=0, leader="n", members=()), round=0, state_digest=D0),
+        ),
+        ("redirect", Redirect(leader=B, control=BERT.control)),
+        ("redirect_least", Redirect(leader="n", control="")),
+        ("refuse_other_protocol", Refuse(reason="other_protocol", text="this run speaks protocol 1")),
+        (
+            "refuse_other_run",
+            Refuse(
+                reason="other_run",
+                text="the node that asks has another run spec",
+                differences=("run.rounds: 0 in the run, 5 at the node that asks", ""),
+            ),
+        ),
+        ("refuse_key_not_allowed", Refuse(reason="key_not_allowed", text="")),
+        ("refuse_not_a_member", Refuse(reason="not_a_member", text="say hello")),
+        ("refuse_diverged", Refuse(reason="diverged", text="fetch it")),
+        ("refuse_leader_left", Refuse(reason="leader_left", text="the run is ending")),
+        (
+            "heartbeat",
+            Heartbeat(incarnation=1700000000000, epoch=1, view=2, round=12, state_digest=D1, inner_steps=1234),
+        ),
+        ("heartbeat_least", Heartbeat(incarnation=0, epoch=0, view=0, round=0, state_digest=D0)),
+        (
+            "heartbeat_most",
+            Heartbeat(incarnation=MOST, epoch=MOST, view=MOST, round=MOST, state_digest=D2, inner_steps=MOST),
+        ),
+        ("heartbeat_ack", HeartbeatAck(epoch=1, view=2)),
+        ("heartbeat_ack_sizes_of_integers", HeartbeatAck(epoch=23, view=24)),
+        ("heartbeat_ack_more_sizes", HeartbeatAck(epoch=255, view=256)),
+        ("heartbeat_ack_still_more_sizes", HeartbeatAck(epoch=65535, view=65536)),
+        ("heartbeat_ack_largest_sizes", HeartbeatAck(epoch=2**32 - 1, view=2**32)),
+        ("view", ViewUpdate(view=VIEW)),
+        ("view_of_one", ViewUpdate(view=View(epoch=1, number=1, leader=B, members=(BERT,)))),
+        (
+            "view_of_three",
+            ViewUpdate(view=View(epoch=MOST, number=MOST, leader=A, members=(FULL, BARE, ANNA))),
+        ),
+        ("goodbye", Goodbye(incarnation=1700000000000)),
+        ("goodbye_of_the_leader", Goodbye(incarnation=7, text="the leader has left: the run ends here")),
+        ("ready", Ready(round=12, weight=65536)),
+        ("ready_asking", Ready(round=0, weight=0)),
+        ("ready_most", Ready(round=MOST, weight=MOST_TOKENS)),
+        (
+            "plan",
+            Plan(round=12, epoch=1, attempt=0, view=2, contributors=bitmap([0, 1]), weights=(65536, 32768)),
+        ),
+        (
+            "plan_of_many",
+            Plan(
+                round=12,
+                epoch=1,
+                attempt=3,
+                view=9,
+                contributors=bitmap([0, 7, 8, 17]),
+                weights=(1, 24, 256, MOST_TOKENS),
+            ),
+        ),
+        ("plan_of_none", Plan(round=0, epoch=0, attempt=0, view=0, contributors=b"", weights=())),
+        ("have", Have(round=12, epoch=1, attempt=0, digest=D1)),
+        ("have_most", Have(round=MOST, epoch=MOST, attempt=MOST, digest=D2)),
+        ("commit", Commit(round=0, epoch=1, attempt=0, digest=D1, chain=next_chain(FIRST_CHAIN, D1))),
+        ("commit_most", Commit(round=MOST, epoch=MOST, attempt=MOST, digest=D2, chain=D2)),
+        ("behind", Behind(round=13)),
+        ("behind_most", Behind(round=MOST)),
+    ]
+
+
+def bulk_cases() -> list[tuple[str, Any]]:
+    """Name and value of every golden bulk header."""
+    mean = ChunkKey(kind="mean", round=12, chunk=3, epoch=1, attempt=2)
+    return [
+        ("get_contribution", Get(id=1, key=ChunkKey(kind="contribution", round=12, chunk=3), wait_ms=60000)),
+        ("get_mean", Get(id=2, key=mean, wait_ms=3_600_000)),
+        ("get_state", Get(id=MOST, key=ChunkKey(kind="state", round=0, chunk=0), wait_ms=0)),
+        ("found_contribution", Found(id=1, info=ChunkInfo(digest=D1), size=1040)),
+        (
+            "found_mean",
+            Found(id=2, info=ChunkInfo(digest=D2, contributors=bitmap([0, 1]), total_weight=98304), size=1040),
+        ),
+        ("found_empty", Found(id=3, info=ChunkInfo(digest=blake3(b"").digest()), size=0)),
+        (
+            "found_most",
+            Found(id=MOST, info=ChunkInfo(digest=D2, contributors=b"\xff" * 64, total_weight=MOST), size=MOST),
+        ),
+        ("missing_gone", Missing(id=1, gone=True, text="mean/12/3/(1, 2) is of a round that is over")),
+        ("missing_yet", Missing(id=2, gone=False)),
+        ("withdraw", Withdraw(id=1)),
+        ("withdraw_most", Withdraw(id=MOST)),
+    ]
+
+
+def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
+    """(name, plane, message, what is changed in its map, the value that a reader gets): None removes a field."""
+    beat = Heartbeat(incarnation=1, epoch=1, view=2, round=3, state_digest=D1)
+    member = msgspec.to_builtins(ANNA, builtin_types=(bytes,))
+    view = {"epoch": 1, "number": 1, "leader": A, "members": [{**member, "region": "eu"}], "since": 5}
+    return [
+        (
+            "heartbeat_with_unknown_fields",
+            "control",
+            beat,
+            {"z": None, "gpus": 8, "later": {"deep": [b"\x00", -1, True, 1.5]}},
+            beat,
+        ),
+        ("heartbeat_without_an_optional_field", "control", beat, {"inner_steps": "LEFT OUT"}, beat),
+        (
+            "view_with_unknown_fields_inside",
+            "control",
+            ViewUpdate(view=View(epoch=1, number=1, leader=A, members=(ANNA,))),
+            {"view": view},
+            ViewUpdate(view=View(epoch=1, number=1, leader=A, members=(ANNA,))),
+        ),
+        (
+            "get_without_optional_fields",
+            "bulk",
+            Get(id=1, key=ChunkKey(kind="state", round=2, chunk=3), wait_ms=5),
+            {"key": {"kind": "state", "round": 2, "chunk": 3}},
+            Get(id=1, key=ChunkKey(kind="state", round=2, chunk=3), wait_ms=5),
+        ),
+        ("withdraw_with_an_unknown_field", "bulk", Withdraw(id=9), {"why": "late"}, Withdraw(id=9)),
+    ]
+
+
+# --- rejected -------------------------------------------------------------------------------------------------------
+
+T = b"\x61t"
+READY = b"\xa3" + T + b"\x65ready" + b"\x65round\x01" + b"\x66weight\x02"
+
+
+def ready(round: bytes = b"\x01", weight: bytes = b"\x02") -> bytes:
+    return b"\xa3" + T + b"\x65ready" + b"\x65round" + round + b"\x66weight" + weight
+
+
+def ready_and(extra: bytes) -> bytes:
+    """A ready with an unknown field, z, of these bytes."""
+    return b"\xa4" + T + b"\x65ready" + b"\x61z" + extra + b"\x65round\x01" + b"\x66weight\x02"
+
+
+def changed(message: Any, **fields: Any) -> bytes:
+    """The deterministic encoding of ``message`` with other values in its map; "LEFT OUT" removes one."""
+    tree = msgspec.to_builtins(message, builtin_types=(bytes,)) | fields
+    return cbor2.dumps({k: v for k, v in tree.items() if v != "LEFT OUT"}, canonical=True)
+
+
+def control_rejects() -> list[tuple[str, str, bytes, bool]]:
+    """(name, reason, bytes, whether CDDL has no way to say so)."""
+    beat = Heartbeat(incarnation=1, epoch=1, view=2, round=3, state_digest=D1)
+    hello = Hello(protocol=1, run_id=D1, settings={}, member=ANNA)
+    plan = Plan(round=1, epoch=1, attempt=0, view=1, contributors=b"\x01", weights=(5,))
+    member = msgspec.to_builtins(ANNA, builtin_types=(bytes,))
+    refuse = Refuse(reason="diverged", text="")
+    return [
+        # What is not one item, or cut off.
+        ("trailing_byte", "a byte after the message", READY + b"\x00", True),
+        ("two_messages", "a second message after the first", READY + READY, True),
+        ("cut_off", "the last byte is missing", READY[:-1], False),
+        ("length_beyond_the_end", "a text of 2^62 bytes is announced", b"\xa1" + T + b"\x7b\x40" + bytes(7), False),
+        ("many_items_announced", "an array of 2^32 items is announced", b"\x9b\0\0\0\1\0\0\0\0", False),
+        ("break_alone", "a break code outside of an item", b"\xff", False),
+        ("reserved_additional_information", "28 is reserved", b"\x1c", False),
+        # What is not the deterministic encoding.
+        ("integer_one_byte_too_long", "1 in two bytes", ready(b"\x18\x01"), True),
+        ("integer_in_eight_bytes", "1 in nine bytes", ready(b"\x1b" + bytes(7) + b"\x01"), True),
+        ("length_too_long", "the length of a key in two bytes", READY.replace(b"\x65round", b"\x78\x05round"), True),
+        (
+            "keys_not_sorted",
+            "weight comes before round",
+            b"\xa3" + T + b"\x65ready" + b"\x66weight\x02" + b"\x65round\x01",
+            True,
+        ),
+        (
+            "tag_not_first",
+            "t is the shortest key and must come first",
+            b"\xa3\x65round\x01" + T + b"\x65ready" + b"\x66weight\x02",
+            True,
+        ),
+        (
+            "duplicate_key",
+            "round comes twice",
+            b"\xa4" + T + b"\x65ready" + b"\x65round\x01\x65round\x01" + b"\x66weight\x02",
+            True,
+        ),
+        ("map_of_indefinite_length", "indefinite lengths are not allowed", b"\xbf" + READY[1:] + b"\xff", True),
+        (
+            "text_of_indefinite_length",
+            "indefinite lengths are not allowed",
+            READY.replace(b"\x65ready", b"\x7f\x65ready\xff"),
+            True,
+        ),
+        (
+            "array_of_indefinite_length",
+            "indefinite lengths are not allowed",
+            encode(plan).replace(b"\x81\x05", b"\x9f\x05\xff"),
+            True,
+        ),
+        (
+            "bytes_of_indefinite_length",
+            "indefinite lengths are not allowed",
+            encode(plan).replace(b"\x41\x01", b"\x5f\x41\x01\xff"),
+            True,
+        ),
+        (
+            "float_longer_than_needed",
+            "1.0 in four bytes, in a field that nobody knows",
+            ready_and(b"\xfa\x3f\x80\0\0"),
+            True,
+        ),
+        ("not_a_number_with_payload", "NaN is f97e00", ready_and(b"\xf9\x7e\x01"), True),
+        ("text_not_utf8", "ff is no UTF-8", READY.replace(b"\x65ready", b"\x61\xff"), False),
+        ("surrogate_in_text", "a surrogate is no character", ready_and(b"\x63\xed\xa0\x80"), False),
+        # Tags. No message has one, and what they would make a decoder do (dates, regular expressions, arithmetic on
+        # numbers of a million digits) is not for a peer to decide.
+        ("self_described", "tag 55799 before the message", b"\xd9\xd9\xf7" + READY, False),
+        ("bignum", "2^64 as a big number", ready(b"\xc2\x49\x01" + bytes(8)), False),
+        ("tag_on_text", "tag 999 in a field that nobody knows", ready_and(b"\xd9\x03\xe7\x01"), True),
+        ("date", "tag 0 in a field that nobody knows", ready_and(b"\xc0\x742020-01-01T00:00:00Z"), True),
+        ("big_number_unknown", "tag 2 in a field that nobody knows", ready_and(b"\xc2\x49\x01" + bytes(8)), True),
+        ("decimal_fraction", "tag 4 in a field that nobody knows", ready_and(b"\xc4\x82\x01\x0f"), True),
+        ("rational", "tag 30 in a field that nobody knows", ready_and(b"\xd8\x1e\x82\x01\x02"), True),
+        ("regular_expression", "tag 35 in a field that nobody knows", ready_and(b"\xd8\x23\x62a+"), True),
+        ("shared_reference_to_itself", "tags 28 and 29 make a cycle", ready_and(b"\xd8\x1c\x81\xd8\x1d\x00"), True),
+        # Sizes.
+        ("too_deep", "nine containers inside each other", ready_and(b"\x81" * 8 + b"\x01"), True),
+        ("far_too_deep", "a hundred containers inside each other", ready_and(b"\x81" * 99 + b"\x01"), True),
+        # Which message is it?
+        ("empty_map", "no tag", b"\xa0", False),
+        ("no_tag", "no tag", b"\xa2\x65round\x01\x66weight\x02", False),
+        ("unknown_tag", "no such message", changed(Behind(round=1), t="behold"), False),
+        ("tag_of_a_bulk_header", "get is not of this plane", encode(Withdraw(id=1)), False),
+        ("tag_is_a_number", "a tag is text", changed(Behind(round=1), t=1), False),
+        ("tag_is_bytes", "a tag is text", changed(Behind(round=1), t=b"behind"), False),
+        ("number", "a message is a map", b"\x01", False),
+        ("array", "a message is a map", b"\x82\x65ready\x01", False),
+        ("null", "a message is a map", b"\xf6", False),
+        ("key_is_a_number", "keys are text", b"\xa3\x01\x01" + encode(Behind(round=1))[1:], False),
+        ("key_is_bytes", "keys are text", b"\xa3\x41z\x01" + encode(Behind(round=1))[1:], False),
+        # Types.
+        ("missing_field", "weight is missing", changed(Ready(round=1, weight=2), weight="LEFT OUT"), False),
+        (
+            "missing_field_inside",
+            "the member has no id",
+            changed(hello, member={k: v for k, v in member.items() if k != "id"}),
+            False,
+        ),
+        ("text_for_integer", "round is a number", ready(b"\x61\x31"), False),
+        ("bool_for_integer", "true is not 1", ready(b"\xf5"), False),
+        ("float_for_integer", "1.0 is not 1", ready(b"\xf9\x3c\x00"), False),
+        ("nan_for_integer", "NaN is not a number of rounds", ready(b"\xf9\x7e\x00"), False),
+        ("null_for_integer", "null is not 0", ready(b"\xf6"), False),
+        ("array_for_integer", "round is a number", ready(b"\x81\x01"), False),
+        ("integer_for_bool", "1 is not true", changed(hello, member=member | {"active": 1}), False),
+        ("bytes_for_text", "an id is text", changed(hello, member=member | {"id": A.encode()}), False),
+        ("text_for_bytes", "a digest is bytes", changed(beat, state_digest="0" * 32), False),
+        ("array_for_bytes", "a digest is bytes", changed(beat, state_digest=list(range(32))), False),
+        ("array_for_map", "a member is a map", changed(hello, member=[A, "anna", 1, "", "", 1, False]), False),
+        ("map_for_array", "weights are an array", changed(plan, weights={}), False),
+        ("setting_is_a_number", "settings are text", changed(hello, settings={"run.rounds": 0}), False),
+        ("unknown_reason", "reasons are a closed list", changed(refuse, reason="dislike"), False),
+        # Bounds.
+        ("negative", "counts are not negative", ready(b"\x20"), False),
+        ("negative_in_array", "weights are not negative", changed(plan, weights=[-1]), False),
+        ("two_to_the_63", "counts are below 2^63", ready(b"\x1b\x80" + bytes(7)), False),
+        ("short_digest", "a digest of 31 bytes", changed(beat, state_digest=D1[:-1]), False),
+        ("long_digest", "a digest of 33 bytes", changed(beat, state_digest=D1 + b"\0"), False),
+        ("empty_id", "an id has a character at least", changed(hello, member=member | {"id": ""}), False),
+        ("long_id", "an id of 65 characters", changed(hello, member=member | {"id": "0" * 65}), True),
+        ("very_long_id", "an id of 257 characters", changed(hello, member=member | {"id": "0" * 257}), False),
+        ("long_name", "a name of 65 characters", changed(hello, member=member | {"name": "n" * 65}), True),
+        ("long_address", "an address of 257 characters", changed(hello, member=member | {"bulk": "b" * 257}), True),
+        ("long_key_of_a_setting", "a key of 65 characters", changed(hello, settings={"k" * 65: ""}), True),
+        ("too_many_settings", "257 settings", changed(hello, settings={f"{i:03}": "" for i in range(257)}), False),
+        ("too_many_differences", "257 differences", changed(refuse, differences=[""] * 257), False),
+    ]
+
+
+def bulk_rejects() -> list[tuple[str, str, bytes, bool]]:
+    get = Get(id=1, key=ChunkKey(kind="state", round=2, chunk=3), wait_ms=5)
+    found = Found(id=1, info=ChunkInfo(digest=D1), size=4)
+    missing = Missing(id=1, gone=True)
+    key = msgspec.to_builtins(get.key)
+    return [
+        ("control_message", "a heartbeat's place is the other plane", encode(HeartbeatAck(epoch=1, view=1)), False),
+        ("payload_in_the_header", "bytes after the header", encode(found) + b"\0\0\0\0", True),
+        ("wait_too_long", "an hour and a millisecond", changed(get, wait_ms=3_600_001), False),
+        ("wait_negative", "a wait below 0", changed(get, wait_ms=-1), False),
+        ("unknown_kind_of_chunk", "no such kind", changed(get, key=key | {"kind": "gradient"}), False),
+        ("key_as_text", "a key is a map", changed(get, key="state/2/3"), False),
+        ("key_without_chunk", "no chunk", changed(get, key={"kind": "state", "round": 2}), False),
+        ("negative_chunk", "chunks count from 0", changed(get, key=key | {"chunk": -1}), False),
+        ("negative_id", "a get of a negative number", changed(get, id=-1), False),
+        ("found_without_info", "no digest to verify", changed(found, info="LEFT OUT"), False),
+        ("found_without_digest", "no digest to verify", changed(found, info={}), False),
+        ("negative_size", "a size below 0", changed(found, size=-1), False),
+        ("gone_is_a_number", "1 is not true", changed(missing, gone=1), False),
+        ("withdraw_without_id", "withdraw what?", changed(Withdraw(id=1), id="LEFT OUT"), False),
+        ("unsorted", "keys out of order", b"\xa2\x62id\x01" + T + b"\x68withdraw", True),
+    ]
+
+
+def long_rejects() -> list[dict[str, Any]]:
+    """Those that are too long to write out: ``parts`` are [hexadecimal, how many times]."""
+    plan = Plan(round=1, epoch=1, attempt=0, view=1, contributors=b"", weights=())
+    before, after = encode(plan).split(b"\x6ccontributors\x40")
+    refuse = Refuse(reason="diverged", text="")
+    before_text, after_text = encode(refuse).split(b"\x64text\x60")
+    big = 2**20 - len(ready_and(b"\x5a" + bytes(4))) + 1
+    bulk = b"\xa3" + T + b"\x68withdraw" + b"\x61z\x5a"
+    big_bulk = 2**16 - len(bulk) - 4 - len(b"\x62id\x01") + 1
+    head, tail = ready_and(b"\x5a" + big.to_bytes(4, "big") + b"SPLIT").split(b"SPLIT")
+    # Keys of two letters sort before those of one only if they are shorter: t, z, id.
+    return [
+        {
+            "name": "bitmap_too_long",
+            "plane": "control",
+            "reason": "a bitmap of 8193 bytes",
+            "parts": [[(before + b"\x6ccontributors\x59\x20\x01").hex(), 1], ["00", 8193], [after.hex(), 1]],
+            "beyond_cddl": False,
+        },
+        {
+            "name": "text_too_long",
+            "plane": "control",
+            "reason": "a text of 4097 characters",
+            "parts": [[(before_text + b"\x64text\x79\x10\x01").hex(), 1], ["61", 4097], [after_text.hex(), 1]],
+            "beyond_cddl": True,
+        },
+        {
+            "name": "too_large",
+            "plane": "control",
+            "reason": "2^20 + 1 bytes, all of them in order",
+            "parts": [[head.hex(), 1], ["00", big], [tail.hex(), 1]],
+            "beyond_cddl": True,
+        },
+        {
+            "name": "header_too_large",
+            "plane": "bulk",
+            "reason": "2^16 + 1 bytes, all of them in order",
+            "parts": [[(bulk + big_bulk.to_bytes(4, "big")).hex(), 1], ["00", big_bulk], [b"\x62id\x01".hex(), 1]],
+            "beyond_cddl": True,
+        },
+    ]
+
+
+# --- a log ----------------------------------------------------------------------------------------------------------
+
+
+def machine_settings() -> MachineSettings:
+    return MachineSettings(
+        membership=MembershipSettings(
+            me=ANNA,
+            run_id=D1,
+            settings=SETTINGS,
+            contacts=(ContactPoint(id=B, control=BERT.control),),
+            min_members=2,
+            heartbeat_s=0.5,
+            failure_timeout_s=10.0,
+        ),
+        exchange=ExchangeSettings(me=A, chunk_count=3, fetch_timeout_s=60.0),
+        checkpoint=CheckpointSettings(chunk_count=3),
+        training=TrainingSettings(me=A, inner_steps=500, rounds=10),
+    )
+
+
+def log_events() -> list[tuple[ActorName, Event]]:
+    """At least one event of every kind. They do not make a story: the log shows the form, and does not replay."""
+    contribution = ChunkKey(kind="contribution", round=12, chunk=0)
+    mean = ChunkKey(kind="mean", round=12, chunk=1, epoch=1, attempt=2)
+    state = ChunkKey(kind="state", round=12, chunk=2)
+    info = ChunkInfo(digest=D1)
+    of_mean = ChunkInfo(digest=D2, contributors=bitmap([0, 1]), total_weight=98304)
+    heard: list[tuple[ActorName, Event]] = [
+        (
+            "exchange" if isinstance(message, Ready | Plan | Have | Commit | Behind) else "membership",
+            Heard(peer=B, message=message),
+        )
+        for name, message in control_cases()
+        if name in {m.__struct_config__.tag for _, m in control_cases()} | {"refuse_diverged"}
+    ]
+    return [
+        ("training", StateAt(round=12, digest=D1)),
+        ("membership", Tick()),
+        *heard,
+        ("membership", DoorClosed(peer=C, address="tcp://192.0.2.3:7700")),
+        ("membership", Offended(peer=C, plane="bulk", reason="a message without frames", times=3, shut_out=True)),
+        ("checkpoint", RunAt(round=13, digest=D2, provider=B)),
+        ("exchange", ViewChanged(view=VIEW)),
+        ("membership", Progress(inner_steps=500)),
+        ("membership", AskAgain()),
+        ("checkpoint", FetchState()),
+        ("training", Halt()),
+        ("checkpoint", Halted()),
+        ("checkpoint", Fetched(peer=B, key=state, info=info)),
+        ("checkpoint", ChunkImported(key=state)),
+        ("checkpoint", FetchFailed(peer=B, key=state, fault="gone")),
+        ("checkpoint", Imported(round=13, digest=D2)),
+        ("training", Begin(round=13)),
+        ("training", StepsDone(steps=500, tokens=65536, seconds=12.75)),
+        ("training", Encoded(round=12, finite=True)),
+        ("exchange", ContributionFixed(round=12, weight=65536)),
+        ("exchange", Fetched(peer=B, key=contribution, info=info)),
+        ("exchange", FetchFailed(peer=B, key=contribution, fault="late")),
+        ("exchange", FetchFailed(peer=B, key=mean, fault="unreachable")),
+        ("exchange", FetchFailed(peer=B, key=mean, fault="invalid")),
+        ("exchange", Reduced(key=mean, info=of_mean)),
+        ("exchange", Reduced(key=mean, info=of_mean, left_out=(C,))),
+        ("training", MeansCommitted(round=12, epoch=1, attempt=2, position=1)),
+        ("training", MeansCommitted(round=12, epoch=1, attempt=2, position=-1)),
+        ("training", Applied(round=13, digest=D2)),
+        ("training", Evaluated(loss=1.999)),
+        ("training", Evaluated(loss=LOSS_NAN)),
+        ("training", Restored()),
+        ("training", Leave()),
+        ("training", Leave(at_once=True)),
+        ("training", Saved(path="/srv/prime/outer-state.safetensors")),
+    ]
+
+
+def log_items() -> list[LogHeader | LogRecord]:
+    counts: dict[str, int] = {}
+    items: list[LogHeader | LogRecord] = [LogHeader(version=LOG_VERSION, node=A, machines=machine_settings())]
+    for i, (actor, event) in enumerate(log_events()):
+        seq = counts[actor] = counts.get(actor, -1) + 1
+        now = 100.0 + i * 0.125 if i else 100.1
+        items.append(LogRecord(actor=actor, seq=seq, now=now, event=event, effects=effects_digest([WakeAt(at=now)])))
+    return items
+
+
+def log_rejects() -> list[dict[str, Any]]:
+    """Logs that are refused whole. ``after_header``: the header of every-event.cborseq stands before the bytes."""
+    header, *records = log_items()
+    first = records[0]
+    step = msgspec.to_builtins(first, builtin_types=(bytes,))
+    start = encode(header)
+    cases = [
+        ("not_cbor_at_all", "text", b"node 1 started\n"),
+        ("empty", "no header", b""),
+        ("no_header", "the first item is a step", encode(first)),
+        ("version_2", "a later version", changed(header, version=2)),
+        ("header_without_machines", "nothing to replay with", changed(header, machines="LEFT OUT")),
+        ("two_headers", "a header in the middle", start + start),
+        ("unknown_actor", "no such machine", start + changed(first, actor="weather")),
+        ("unknown_event", "no such event", start + changed(first, event={"type": "rain"})),
+        ("event_without_its_fields", "no round", start + changed(first, event={"type": "begin"})),
+        (
+            "unknown_message",
+            "no such message",
+            start + changed(first, event={"type": "heard", "peer": B, "message": {"t": "hi"}}),
+        ),
+        (
+            "unknown_fault",
+            "no such fault",
+            start + changed(first, event=step["event"] | {"type": "fetch_failed", "fault": "rude"}),
+        ),
+        ("short_effects", "a digest of 15 bytes", start + changed(first, effects=bytes(15))),
+        ("long_effects", "a digest of 32 bytes", start + changed(first, effects=bytes(32))),
+        ("negative_seq", "calls count from 0", start + changed(first, seq=-1)),
+        ("now_is_text", "seconds are a number", start + changed(first, now="noon")),
+        ("no_event", "no event", start + changed(first, event="LEFT OUT")),
+        ("garbage_in_the_middle", "a break code between two steps", start + b"\xff" + encode(first)),
+    ]
+    return [
+        {"name": n, "reason": r, "after_header": b[: len(start)] == start, "cborseq_hex": b.removeprefix(start).hex()}
+        for n, r, b in cases
+    ]
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def f32(values: list[float]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array(values, dtype="<f4")
+
+
+def codec_inputs() -> list[tuple[str, CodecName, list[float]]]:
+    ramp = [float(i - 128) / 8 for i in range(257)]
+    return [
+        ("empty", "int8", []),
+        ("one", "int8", [0.5]),
+        ("signs", "int8", [1.0, -1.0, 0.0, -0.0, 0.25]),
+        ("ties_go_to_even", "int8", [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5]),
+        ("zeros", "int8", [0.0] * 5),
+        ("two_blocks", "int8", [*ramp[:256], 3.0]),
+        ("each_block_has_its_scale", "int8", [1000.0] * 256 + [0.001, -0.002]),
+        ("scale_would_be_denormal", "int8", [1.4e-36, -1e-40, 0.0]),
+        ("smallest_scale", "int8", [127 * 2.0**-126, 2.0**-126]),
+        ("largest", "int8", [FP32_MAX, -FP32_MAX, 1.0]),
+        ("empty", "fp32", []),
+        ("as_they_are", "fp32", [1.0, -0.0, 0.1, 1e-40, FP32_MAX, -FP32_MAX]),
+    ]
+
+
+def codec_vectors() -> list[dict[str, Any]]:
+    out = []
+    for name, codec_name, values in codec_inputs():
+        data = f32(values)
+        payload, decoded = encoded(codec_name, data), np.zeros_like(data)
+        make_codec(codec_name).decode(as_tensor(memoryview(payload)), torch.from_numpy(decoded))
+        out.append(
+            {
+                "name": f"{codec_name}_{name}",
+                "codec": codec_name,
+                "elements": len(values),
+                "input_f32le_hex": data.tobytes().hex(),
+                "payload_hex": payload.hex(),
+                "decoded_f32le_hex": decoded.tobytes().hex(),
+            }
+        )
+    return out
+
+
+def encoded(name: CodecName, data: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
+    codec = make_codec(name)
+    out = torch.zeros(codec.payload_bytes(len(data)), dtype=torch.uint8)
+    codec.encode(torch.from_numpy(data), out, torch.zeros(len(data)))
+    return bytes(as_bytes(out))
+
+
+def mean_vectors() -> list[dict[str, Any]]:
+    a, b, c = [1.0, -2.0, 3.0, 0.0], [0.5, 0.25, -8.0, 1e-3], [0.1, 0.2, 0.3, 0.4]
+    cases: list[tuple[str, CodecName, list[list[float] | bytes], list[int]]] = [
+        ("two", "int8", [a, b], [65536, 32768]),
+        ("three_uneven", "int8", [a, b, c], [3, 1, 7]),
+        ("one_alone", "int8", [b], [5]),
+        ("no_weight_at_all", "int8", [a, b], [0, 0]),
+        ("one_not_valid", "int8", [a, b"\xff" * 8, c], [3, 1, 7]),
+        ("none", "int8", [], []),
+        ("weights_that_fp32_cannot_hold", "int8", [a, b], [2**60 + 1, 2**53 + 1]),
+        ("two", "fp32", [a, b], [2, 1]),
+        ("in_one_order", "fp32", [[1e8] * 4, [1.0] * 4, [-1e8] * 4], [1, 1, 1]),
+        ("in_another_order", "fp32", [[1e8] * 4, [-1e8] * 4, [1.0] * 4], [1, 1, 1]),
+        ("beyond_the_largest", "fp32", [[FP32_MAX] * 4, [FP32_MAX] * 4, [FP32_MAX] * 4], [1, 1, 1]),
+    ]
+    out = []
+    for name, codec_name, inputs, weights in cases:
+        payloads = [x if isinstance(x, bytes) else encoded(codec_name, f32(x)) for x in inputs]
+        codec = make_codec(codec_name)
+        mean = torch.zeros(codec.payload_bytes(4), dtype=torch.uint8)
+        left_out = weighted_mean(
+            codec, [as_tensor(memoryview(p)) for p in payloads], weights, mean, (torch.zeros(4), torch.zeros(4))
+        )
+        out.append(
+            {
+                "name": f"{codec_name}_{name}",
+                "codec": codec_name,
+                "elements": 4,
+                "payloads_hex": [p.hex() for p in payloads],
+                "weights": weights,
+                "left_out": left_out,
+                "mean_hex": bytes(as_bytes(mean)).hex(),
+            }
+        )
+    return out
+
+
+def payload_rejects() -> list[dict[str, Any]]:
+    def scales(*values: float) -> bytes:
+        return f32(list(values)).tobytes()
+
+    nan, inf = float("nan"), float("inf")
+    cases: list[tuple[str, CodecName, int, bytes, str]] = [
+        ("too_short", "int8", 2, scales(1.0) + b"\x01", "5 bytes instead of 6"),
+        ("too_long", "int8", 2, scales(1.0) + b"\x01\x02\x03", "7 bytes instead of 6"),
+        ("value_minus_128", "int8", 2, scales(1.0) + b"\x80\x00", "values go from -127 to 127"),
+        ("scale_nan", "int8", 1, scales(nan) + b"\x01", "a scale is not a number"),
+        ("scale_infinite", "int8", 1, scales(inf) + b"\x00", "a scale is infinite"),
+        ("scale_negative", "int8", 1, scales(-1.0) + b"\x01", "a scale is negative"),
+        ("scale_denormal", "int8", 1, scales(2.0**-127) + b"\x01", "processors differ on denormals"),
+        ("scale_too_large", "int8", 1, scales(2.68e36) + b"\x01", "127 times it is infinite"),
+        ("second_scale_nan", "int8", 257, scales(1.0, nan) + bytes(257), "a scale is not a number"),
+        ("too_short", "fp32", 2, scales(1.0), "4 bytes instead of 8"),
+        ("nan", "fp32", 2, scales(1.0, nan), "an element is not a number"),
+        ("infinite", "fp32", 2, scales(-inf, 1.0), "an element is infinite"),
+    ]
+    return [
+        {"name": f"{c}_{n}", "codec": c, "elements": e, "payload_hex": p.hex(), "reason": r} for n, c, e, p, r in cases
+    ]
+
+
+def value_rejects() -> list[dict[str, Any]]:
+    """Vectors that cannot be encoded."""
+    out = []
+    cases: list[tuple[CodecName, float]] = [("int8", float("nan")), ("int8", float("-inf")), ("fp32", float("inf"))]
+    for codec_name, bad in cases:
+        data = f32([1.0, bad])
+        try:
+            encoded(codec_name, data)
+        except NonFiniteError:
+            out.append({"codec": codec_name, "input_f32le_hex": data.tobytes().hex()})
+    return out
+
+
+def digest_vectors() -> dict[str, Any]:
+    chain, chains = FIRST_CHAIN, []
+    for digest in (D1, D2, D0):
+        following = next_chain(chain, digest)
+        chains.append({"previous_hex": chain.hex(), "digest_hex": digest.hex(), "chain_hex": following.hex()})
+        chain = following
+    payloads = [b"", b"\x00", bytes(range(251)) * 5]
+    means = [blake3(p).digest() for p in payloads]
+    return {
+        "chunk_digest": [{"payload_hex": p.hex(), "digest_hex": blake3(p).hexdigest()} for p in payloads],
+        "means_digest": [
+            {"chunk_digests_hex": [d.hex() for d in some], "digest_hex": blake3(b"".join(some)).hexdigest()}
+            for some in (means[:1], means, means[::-1])
+        ],
+        "commit_chain": chains,
+        "outer_state": [state_vector(0, 2), state_vector(3, 2), state_vector(2**40, 5)],
+        "run_id": [
+            {"settings": s, "cbor_hex": encode(s).hex(), "run_id_hex": blake3(encode(s)).hexdigest()}
+            for s in ({}, SETTINGS)
+        ],
+        "effects_digest": [
+            {"effects_cbor_hex": encode(e).hex(), "digest_hex": effects_digest(e).hex()} for e in ([], [WakeAt(at=1.5)])
+        ],
+        "chunk_owners": owner_vectors(),
+    }
+
+
+def state_vector(round: int, chunk_elements: int) -> dict[str, Any]:
+    theta, momentum = f32([1.0, -2.0, 0.5, 1e-3, 8.0]), f32([0.0, 0.25, -0.125, 1e-9, -1.0])
+    state = OuterState(torch.zeros(5), chunk_elements, OuterSettings())
+    spans = [state.chunks.span(c) for c in range(state.chunks.count)]
+    exports = [theta[s].tobytes() + momentum[s].tobytes() for s in spans]
+    for chunk, data in enumerate(exports):
+        state.import_chunk(chunk, memoryview(data))
+    digest = state.end_import(round)
+    return {
+        "round": round,
+        "chunk_elements": chunk_elements,
+        "theta_f32le_hex": theta.tobytes().hex(),
+        "momentum_f32le_hex": momentum.tobytes().hex(),
+        "chunks_hex": [e.hex() for e in exports],
+        "chunk_digests_hex": [blake3(e).hexdigest() for e in exports],
+        "state_digest_hex": digest.hex(),
+    }
+
+
+def owner_vectors() -> list[dict[str, Any]]:
+    cases = [
+        [("a", 1, True), ("b", 1, True), ("c", 1, True)],
+        [("a", 3, True), ("b", 1, True)],
+        [("a", 5, True), ("b", 1, True), ("c", 1, True)],
+        [("a", 1, False), ("b", 2, True), ("c", 1, True)],
+        [("a", 0, True), ("b", 0, True)],
+        [("a", 0, True), ("b", 2, True)],
+    ]
+    out = []
+    for members in cases:
+        view = View(
+            epoch=1,
+            number=1,
+            leader="a",
+            members=tuple(
+                Member(id=i, name=i, incarnation=1, control="", bulk="", weight=w, active=act) for i, w, act in members
+            ),
+        )
+        out.append(
+            {
+                "members": [{"id": i, "weight": w, "active": act} for i, w, act in members],
+                "chunk_count": 9,
+                "owners": list(chunk_owners(view, 9)),
+            }
+        )
+    return out
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def diagnostic(value: Any) -> Any:
+    """A value as JSON: bytes are {"hex": "00ff"}, numbers that JSON has not are {"float": "nan"}."""
+    match value:
+        case bytes():
+            return {"hex": value.hex()}
+        case float() if value != value or value in (float("inf"), float("-inf")):
+            return {"float": repr(value)}
+        case dict():
+            return {k: diagnostic(v) for k, v in value.items()}
+        case list() | tuple():
+            return [diagnostic(v) for v in value]
+        case _:
+            return value
+
+
+def value_of(message: Any) -> Any:
+    return diagnostic(msgspec.to_builtins(message, builtin_types=(bytes,)))
+
+
+def message_vectors(plane: str, cases: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    out = [
+        {"name": n, "kind": m.__struct_config__.tag, "cbor_hex": encode(m).hex(), "value": value_of(m)}
+        for n, m in cases
+    ]
+    for name, of, message, fields, read in tolerated_cases():
+        if of == plane:
+            out.append(
+                {
+                    "name": name,
+                    "kind": message.__struct_config__.tag,
+                    "cbor_hex": changed(message, **fields).hex(),
+                    "value": value_of(read),
+                    "decode_only": True,
+                }
+            )
+    return out
+
+
+def reject_vectors(plane: str, cases: list[tuple[str, str, bytes, bool]]) -> list[dict[str, Any]]:
+    short = [
+        {"name": n, "plane": plane, "reason": r, "cbor_hex": b.hex(), "beyond_cddl": beyond}
+        for n, r, b, beyond in cases
+    ]
+    return short + [case for case in long_rejects() if case["plane"] == plane]
+
+
+def files() -> dict[str, bytes]:
+    items = log_items()
+    documents = {
+        "vectors/control.json": message_vectors("control", control_cases()),
+        "vectors/bulk.json": message_vectors("bulk", bulk_cases()),
+        "vectors/every-event.json": [{"cbor_hex": encode(i).hex(), "value": value_of(i)} for i in items],
+        "vectors/codec.json": codec_vectors(),
+        "vectors/mean.json": mean_vectors(),
+        "vectors/digests.json": digest_vectors(),
+        "rejected/control.json": reject_vectors("control", control_rejects()),
+        "rejected/bulk.json": reject_vectors("bulk", bulk_rejects()),
+        "rejected/log.json": log_rejects(),
+        "rejected/payloads.json": payload_rejects(),
+        "rejected/values.json": value_rejects(),
+    }
+    texts = {n: (json.dumps(d, indent=1, ensure_ascii=False) + "\n").encode() for n, d in documents.items()}
+    return texts | {"vectors/every-event.cborseq": b"".join(encode(i) for i in items)}
+
+
+def additions_only(old: bytes, new: bytes) -> bool:
+    """Whether every vector of a JSON file ``old`` is, unchanged, in ``new``."""
+    try:
+        before, after = json.loads(old), json.loads(new)
+    except ValueError:
+        return False
+    if isinstance(before, dict):
+        return all(all(v in after.get(k, []) for v in values) for k, values in before.items())
+    return all(v in after for v in before)
+
+
+def main(force: bool) -> int:
+    wrong = []
+    for name, data in files().items():
+        path = V1 / name
+        old = path.read_bytes() if path.exists() else None
+        if old == data:
+            continue
+        if old is not None and not force and not additions_only(old, data):
+            wrong.append(name)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        print(f"{name}: written")
+    for name in wrong:
+        print(f"{name}: existing vectors would change; left as it is. Mend the code, or read --help")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--force"]):
+        print(__doc__)
+        sys.exit(2)
+    sys.exit(main(force="--force" in sys.argv))

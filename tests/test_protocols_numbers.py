@@ -1,0 +1,176 @@
+"""The numbers of ``protocols/v1/vectors``: payloads, means, digests, and who owns a chunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from blake3 import blake3
+
+from prime_async.config.schema import OuterSettings, RunSpec
+from prime_async.config.spec import flatten, run_id
+from prime_async.errors import NonFiniteError
+from prime_async.log import effects_digest
+from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
+from prime_async.machines.owners import chunk_owners
+from prime_async.machines.vocabulary import Effect, Event, Send, WakeAt
+from prime_async.messages import Commit, Have, Member, View, encode
+from prime_async.testing.simulation import SimNode, Simulation
+from prime_async.work.codec import as_bytes, as_tensor, make_codec
+from prime_async.work.outer import OuterState
+from prime_async.work.reduce import weighted_mean
+from tests.protocols_harness import load
+
+CODEC: list[dict[str, Any]] = load("vectors/codec.json")
+MEANS: list[dict[str, Any]] = load("vectors/mean.json")
+DIGESTS: dict[str, list[dict[str, Any]]] = load("vectors/digests.json")
+BAD_PAYLOADS: list[dict[str, Any]] = load("rejected/payloads.json")
+BAD_VALUES: list[dict[str, Any]] = load("rejected/values.json")
+
+
+def raw(digits: str) -> torch.Tensor:
+    """uint8."""
+    return as_tensor(memoryview(bytes.fromhex(digits))).clone()
+
+
+def floats(digits: str) -> torch.Tensor:
+    """fp32, of little-endian bytes."""
+    data = raw(digits)
+    return data.view(torch.float32) if data.numel() else torch.empty(0)
+
+
+def hexadecimal(tensor: torch.Tensor) -> str:
+    return bytes(as_bytes(tensor)).hex()
+
+
+def by_name(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[c["name"] for c in cases])
+
+
+@by_name(CODEC)
+def test_elements_encode_to_the_golden_payload(case: dict[str, Any]) -> None:
+    codec, values = make_codec(case["codec"]), floats(case["input_f32le_hex"])
+    out = torch.full((codec.payload_bytes(case["elements"]),), 0xAA, dtype=torch.uint8)
+
+    codec.encode(values, out, torch.empty_like(values))
+
+    assert hexadecimal(out) == case["payload_hex"]
+
+
+@by_name(CODEC)
+def test_a_golden_payload_decodes_to_its_elements(case: dict[str, Any]) -> None:
+    codec, out = make_codec(case["codec"]), torch.full((case["elements"],), torch.nan)
+
+    assert codec.check(raw(case["payload_hex"]), case["elements"]) is None
+    codec.decode(raw(case["payload_hex"]), out)
+
+    assert hexadecimal(out) == case["decoded_f32le_hex"]
+
+
+@by_name(MEANS)
+def test_contributions_reduce_to_the_golden_mean(case: dict[str, Any]) -> None:
+    codec, n = make_codec(case["codec"]), case["elements"]
+    out = torch.full((codec.payload_bytes(n),), 0xAA, dtype=torch.uint8)
+    scratch = (torch.full((n,), torch.nan), torch.full((n,), torch.nan))
+
+    left_out = weighted_mean(codec, [raw(p) for p in case["payloads_hex"]], case["weights"], out, scratch)
+
+    assert (hexadecimal(out), left_out) == (case["mean_hex"], case["left_out"])
+
+
+@by_name(BAD_PAYLOADS)
+def test_a_rejected_payload_does_not_pass_the_check(case: dict[str, Any]) -> None:
+    assert make_codec(case["codec"]).check(raw(case["payload_hex"]), case["elements"]) is not None
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_values_that_are_not_finite_cannot_be_encoded(case: dict[str, Any]) -> None:
+    codec, values = make_codec(case["codec"]), floats(case["input_f32le_hex"])
+    out = torch.empty(codec.payload_bytes(values.numel()), dtype=torch.uint8)
+
+    with pytest.raises(NonFiniteError):
+        codec.encode(values, out, torch.empty_like(values))
+
+
+@pytest.mark.parametrize("case", DIGESTS["outer_state"], ids=lambda c: f"round {c['round']}")
+def test_the_outer_state_has_the_golden_chunks_and_digests(case: dict[str, Any]) -> None:
+    theta, momentum = floats(case["theta_f32le_hex"]), floats(case["momentum_f32le_hex"])
+    state = OuterState(torch.zeros_like(theta), case["chunk_elements"], OuterSettings())
+
+    for chunk, data in enumerate(case["chunks_hex"]):
+        span = state.chunks.span(chunk)
+        assert data == hexadecimal(theta[span]) + hexadecimal(momentum[span])
+        state.import_chunk(chunk, memoryview(bytes.fromhex(data)))
+
+    assert state.end_import(case["round"]).hex() == case["state_digest_hex"]
+    assert [state.chunk_digest(c).hex() for c in range(state.chunks.count)] == case["chunk_digests_hex"]
+    assert [state.export_chunk(c).hex() for c in range(state.chunks.count)] == case["chunks_hex"]
+    whole = case["round"].to_bytes(8, "little") + b"".join(map(bytes.fromhex, case["chunk_digests_hex"]))
+    assert blake3(whole).hexdigest() == case["state_digest_hex"]
+
+
+def test_the_chain_of_commits_is_the_golden_one() -> None:
+    chain = FIRST_CHAIN
+    for case in DIGESTS["commit_chain"]:
+        assert chain.hex() == case["previous_hex"]
+        chain = next_chain(chain, bytes.fromhex(case["digest_hex"]))
+        assert chain.hex() == case["chain_hex"]
+
+
+def test_digests_of_chunks_and_of_all_means_are_the_golden_ones() -> None:
+    for case in DIGESTS["chunk_digest"]:
+        assert blake3(bytes.fromhex(case["payload_hex"])).hexdigest() == case["digest_hex"]
+    for case in DIGESTS["means_digest"]:
+        assert blake3(bytes.fromhex("".join(case["chunk_digests_hex"]))).hexdigest() == case["digest_hex"]
+
+
+def test_members_report_and_commit_the_digest_of_all_means_in_chunk_order() -> None:
+    simulation = Simulation(3, seed=5)
+    means: dict[tuple[int, int, int], str] = {}
+    said: list[Have | Commit] = []
+
+    def look(node: SimNode, _: Event, effects: list[Effect]) -> None:
+        for key, info in sorted(node.chunks.items()):
+            if key.kind == "mean":
+                means.setdefault((key.round, key.attempt, key.chunk), info.digest.hex())
+        said.extend(e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Have | Commit))
+
+    simulation.observers.append(look)
+    simulation.run_for(20.0)
+
+    assert len({s.round for s in said}) > 2
+    for message in said:
+        joined = "".join(means[message.round, message.attempt, c] for c in range(simulation.settings.chunk_count))
+        assert blake3(bytes.fromhex(joined)).digest() == message.digest
+    chain = FIRST_CHAIN
+    for commit in {s.round: s for s in said if isinstance(s, Commit)}.values():
+        chain = next_chain(chain, commit.digest)
+        assert commit.chain == chain
+
+
+@pytest.mark.parametrize("case", DIGESTS["run_id"], ids=lambda c: f"{len(c['settings'])} settings")
+def test_a_run_id_is_the_digest_of_the_settings(case: dict[str, Any]) -> None:
+    assert encode(case["settings"]).hex() == case["cbor_hex"]
+    assert blake3(bytes.fromhex(case["cbor_hex"])).hexdigest() == case["run_id_hex"]
+
+
+def test_the_run_id_of_a_run_is_made_in_this_way() -> None:
+    spec = RunSpec(name="a-run")
+
+    assert run_id(spec) == blake3(encode(flatten(spec))).digest()
+
+
+def test_the_digest_of_effects_is_the_golden_one() -> None:
+    effects: list[list[Effect]] = [[], [WakeAt(at=1.5)]]
+    for given, case in zip(effects, DIGESTS["effects_digest"], strict=True):
+        assert encode(given).hex() == case["effects_cbor_hex"]
+        assert effects_digest(given).hex() == case["digest_hex"]
+
+
+@pytest.mark.parametrize("case", DIGESTS["chunk_owners"], ids=range(len(DIGESTS["chunk_owners"])))
+def test_chunks_have_the_golden_owners(case: dict[str, Any]) -> None:
+    members = tuple(Member(name="", incarnation=1, control="", bulk="", **m) for m in case["members"])
+    view = View(epoch=1, number=1, leader=members[0].id, members=members)
+
+    assert list(chunk_owners(view, case["chunk_count"])) == case["owners"]
