@@ -1,0 +1,66 @@
+"""The chunks that this node holds for itself and its peers, and the one place where peers' gets are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from prime_async.errors import ChunkUnavailableError
+from prime_async.messages import ChunkKey
+from prime_async.transport.base import Chunk
+
+
+class ChunkStore:
+    """Contributions and means by key; the outer state by asking for it.
+
+    Chunks are immutable: a key's bytes do not change while it is here. A get for what may still come waits; one for a
+    round that was forgotten is told so. The memory is bounded by the rounds that are kept.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: dict[ChunkKey, Chunk] = {}
+        self._waiting: dict[ChunkKey, trio.Event] = {}
+        self._oldest = {"contribution": 0, "mean": 0}
+        self.read_state: Callable[[ChunkKey], Awaitable[Chunk]] | None = None
+
+    def put(self, key: ChunkKey, chunk: Chunk) -> None:
+        """Hold ``chunk``, and answer who waits for it."""
+        if key.round < self._oldest[key.kind]:
+            return
+        self._chunks[key] = chunk
+        waiting = self._waiting.pop(key, None)
+        if waiting is not None:
+            waiting.set()
+
+    def find(self, key: ChunkKey) -> Chunk | None:
+        """The chunk, if it is here now."""
+        return self._chunks.get(key)
+
+    def forget(self, means_before: int, contributions_before: int) -> None:
+        """Drop the chunks of earlier rounds; who waits for one is told that it is gone."""
+        self._oldest = {"contribution": contributions_before, "mean": means_before}
+        for key in [k for k in self._chunks if k.round < self._oldest[k.kind]]:
+            del self._chunks[key]
+        for key in [k for k in self._waiting if k.round < self._oldest[k.kind]]:
+            self._waiting.pop(key).set()
+
+    async def provide(self, peer: str, key: ChunkKey) -> Chunk:  # noqa: ARG002  (all who may connect may read)
+        """See :class:`~prime_async.transport.base.Provider`."""
+        if key.kind == "state":
+            if self.read_state is None:
+                raise ChunkUnavailableError(f"{key} is not served here")
+            return await self.read_state(key)
+        while (chunk := self._chunks.get(key)) is None:
+            if key.round < self._oldest[key.kind]:
+                raise ChunkUnavailableError(f"{key} is of a round that is over")
+            await self._wait_for(key)
+        return chunk
+
+    async def _wait_for(self, key: ChunkKey) -> None:
+        waiting = self._waiting.setdefault(key, trio.Event())
+        try:
+            await waiting.wait()
+        finally:
+            if self._waiting.get(key) is waiting and not waiting.statistics().tasks_waiting:
+                del self._waiting[key]  # we were the last, and gave up: peers may ask for what never comes

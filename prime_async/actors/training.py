@@ -1,0 +1,170 @@
+"""The training actor: inner steps, encoding, the outer step, in worker threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+from prime_async.actors.store import ChunkStore
+from prime_async.actors.tensors import Tensors
+from prime_async.errors import NonFiniteError
+from prime_async.machines.facts import Fact, InnerStepDone
+from prime_async.machines.vocabulary import (
+    Applied,
+    Apply,
+    Effect,
+    Encode,
+    Encoded,
+    Evaluate,
+    Evaluated,
+    Event,
+    Fail,
+    Restore,
+    Restored,
+    RunSteps,
+    Save,
+    Saved,
+    StepsDone,
+    StopSteps,
+)
+from prime_async.messages import ChunkKey, positions
+from prime_async.transport.base import Chunk
+from prime_async.work.workload import StepReport
+
+
+class _StepsStopped(Exception):
+    """Ends ``Workload.train`` after a step."""
+
+
+class TrainingActor:
+    """Performs the effects of a training machine.
+
+    ``serve_round`` is told the round that the outer state is at, ``None`` while it is being changed. ``save`` writes
+    the outer state to disk, in a worker thread, and returns where ("": nowhere).
+    """
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        store: ChunkStore,
+        nursery: trio.Nursery,
+        post: Callable[[Event], None],
+        *,
+        report: Callable[[Fact], None],
+        fail: Callable[[Fail], None],
+        serve_round: Callable[[int | None], None],
+        save: Callable[[], Path | None],
+    ) -> None:
+        self._tensors = tensors
+        self._store = store
+        self._nursery = nursery
+        self._post = post
+        self._report = report
+        self._fail = fail
+        self._serve_round = serve_round
+        self._save = save
+        self._stop = False
+        self._trainer_limiter = trio.CapacityLimiter(1)
+
+    def perform(self, effect: Effect) -> None:
+        match effect:
+            case RunSteps():
+                self._stop = False
+                self._nursery.start_soon(self._run_steps, effect)
+            case StopSteps():
+                self._stop = True
+            case Encode(round=round):
+                self._nursery.start_soon(self._encode, round)
+            case Apply():
+                self._nursery.start_soon(self._apply, effect)
+            case Evaluate():
+                self._nursery.start_soon(self._evaluate)
+            case Restore():
+                self._nursery.start_soon(self._restore)
+            case Save():
+                self._nursery.start_soon(self._save_state)
+            case Fail():
+                self._fail(effect)
+            case _:
+                raise TypeError(f"training does not perform {type(effect).__name__}")
+
+    async def _run_steps(self, effect: RunSteps) -> None:
+        """In a thread of its own. It is stopped, and cancelled, between two steps."""
+        done: list[StepReport] = []
+
+        def on_step(report: StepReport) -> None:
+            done.append(report)
+            trio.from_thread.check_cancelled()  # the await below does not end before this thread does
+            trio.from_thread.run_sync(self._on_step, effect.round, report)
+            if self._stop and len(done) < effect.steps:
+                raise _StepsStopped
+
+        def train() -> float:
+            began = time.perf_counter()
+            with suppress(_StepsStopped):
+                self._tensors.workload.train(effect.steps, on_step)
+            return time.perf_counter() - began
+
+        seconds = await trio.to_thread.run_sync(train, limiter=self._trainer_limiter)
+        self._post(StepsDone(steps=len(done), tokens=sum(r.tokens for r in done), seconds=seconds))
+
+    def _on_step(self, round: int, report: StepReport) -> None:
+        fact = InnerStepDone(
+            round=round, step=report.step, loss=report.loss, tokens=report.tokens, seconds=report.seconds
+        )
+        self._report(fact)
+
+    async def _encode(self, round: int) -> None:
+        """Chunks are served as soon as each is encoded; a plan that asks for them comes when all are."""
+        chunks: dict[int, Chunk] = {}
+
+        def encode(chunk: int) -> None:
+            payload, info = self._tensors.encode(chunk)
+            chunks[chunk] = Chunk(info=info, payload=payload)
+
+        try:
+            await self._tensors.for_each(encode, range(self._tensors.workload.chunk_count))
+        except NonFiniteError:
+            self._post(Encoded(round=round, finite=False))
+            return
+        for number, chunk in sorted(chunks.items()):
+            self._store.put(ChunkKey(kind="contribution", round=round, chunk=number), chunk)
+        self._post(Encoded(round=round, finite=True))
+
+    async def _apply(self, effect: Apply) -> None:
+        """Not cancelled half-way: the outer state on disk, and at peers, is always that of a whole round."""
+        self._serve_round(None)
+        with trio.CancelScope(shield=True):
+            await self._tensors.for_each(lambda chunk: self._apply_chunk(effect, chunk), self._chunks())
+            digest = await self._tensors.run(self._tensors.workload.end_round)
+        self._serve_round(effect.round + 1)
+        self._post(Applied(round=effect.round + 1, digest=digest))
+
+    def _chunks(self) -> range:
+        return range(self._tensors.workload.chunk_count)
+
+    def _apply_chunk(self, effect: Apply, chunk: int) -> None:
+        key = ChunkKey(kind="mean", round=effect.round, chunk=chunk, epoch=effect.epoch, attempt=effect.attempt)
+        mean = self._store.find(key)
+        if mean is None:
+            raise RuntimeError(f"{key} was committed and is not here")
+        included = effect.position in positions(mean.info.contributors)
+        self._tensors.workload.apply(chunk, mean.payload, included)
+
+    async def _evaluate(self) -> None:
+        loss = await trio.to_thread.run_sync(self._tensors.workload.evaluate, limiter=self._trainer_limiter)
+        self._post(Evaluated(loss=loss))
+
+    async def _restore(self) -> None:
+        await self._tensors.run(self._tensors.workload.restore)
+        self._post(Restored())
+
+    async def _save_state(self) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._tensors.state_lock:
+                path = await self._tensors.run(self._save)
+        self._post(Saved(path=str(path or "")))

@@ -1,0 +1,114 @@
+"""From a configuration to what a node is made of."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractAsyncContextManager
+
+from blake3 import blake3
+
+from prime_async.config.contact import Contact
+from prime_async.config.schema import Config, NodeSettings
+from prime_async.config.spec import flatten, run_id
+from prime_async.log import MachineSettings
+from prime_async.machines.checkpoint import CheckpointSettings
+from prime_async.machines.exchange import ExchangeSettings
+from prime_async.machines.membership import ContactPoint, MembershipSettings
+from prime_async.machines.training import TrainingSettings
+from prime_async.messages import Member
+from prime_async.node.address import WILDCARDS, address_towards
+from prime_async.node.allow import AllowList
+from prime_async.transport.base import Transport
+from prime_async.transport.keys import read_key_file
+from prime_async.transport.zeromq import ZmqSettings, open_zmq
+from prime_async.work.workload import Workload
+
+FETCH_TIMEOUTS = 6
+"""A chunk may take so many failure timeouts: who is dead is found by heartbeats, this is for who is alive and mute."""
+GETS_PER_PEER = 16
+SOMEWHERE = ("192.0.2.1", 9)
+"""An address of TEST-NET (RFC 5737), to ask for the default route; nothing is sent there."""
+
+
+def contacts_of(node: NodeSettings) -> list[Contact]:
+    """The members to ask."""
+    return [Contact.parse(text) for text in node.join]
+
+
+def advertised_host(node: NodeSettings) -> str:
+    """The host that others are told to dial."""
+    if node.advertise:
+        return node.advertise
+    if node.host not in WILDCARDS:
+        return node.host
+    contacts = contacts_of(node)
+    towards = (contacts[0].host, contacts[0].port) if contacts else SOMEWHERE
+    return address_towards(*towards) or "127.0.0.1"
+
+
+def allow_list(node: NodeSettings) -> AllowList:
+    """Who may connect before there is a view: the configured keys, and those we ask."""
+    return AllowList([*node.allow, *(c.id for c in contacts_of(node))], node.allow_file)
+
+
+def data_stream(node_id: str) -> int:
+    """The node's data stream, from its key: no two nodes of a run have the same."""
+    return int.from_bytes(blake3(b"data stream " + node_id.encode()).digest(length=8), "little")
+
+
+def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> AbstractAsyncContextManager[Transport]:
+    """The real network. Raises :class:`ConfigError` without a usable key."""
+    chunks = range(workload.chunk_count)
+    largest = max((max(workload.payload_bytes(c), workload.state_bytes(c)) for c in chunks), default=0)
+    settings = ZmqSettings(
+        key=read_key_file(node.key),
+        advertise=advertised_host(node),
+        allow=allow,
+        host=node.host,
+        control_port=node.port,
+        bulk_port=node.bulk_port,
+        encrypt=node.encrypt,
+        streams=node.streams,
+        window=GETS_PER_PEER,
+        max_payload_bytes=largest,
+    )
+    return open_zmq(settings)
+
+
+def machine_settings(config: Config, transport: Transport, workload: Workload) -> MachineSettings:
+    """What the machines are made with. The incarnation is the time of the start in milliseconds, by our own clock."""
+    run, node = config.run, config.node
+    me = Member(
+        id=transport.id,
+        name=node.name or transport.id[:8],
+        incarnation=time.time_ns() // 1_000_000,
+        control=transport.control_address,
+        bulk=transport.bulk_address,
+    )
+    timeout_s = FETCH_TIMEOUTS * run.failure_timeout_s
+    return MachineSettings(
+        membership=MembershipSettings(
+            me=me,
+            run_id=run_id(run),
+            settings=flatten(run),
+            contacts=tuple(ContactPoint(id=c.id, control=c.address) for c in contacts_of(node)),
+            min_members=run.min_members,
+            heartbeat_s=run.heartbeat_s,
+            failure_timeout_s=run.failure_timeout_s,
+        ),
+        exchange=ExchangeSettings(
+            me=me.id,
+            chunk_count=workload.chunk_count,
+            min_members=run.min_members,
+            fetch_timeout_s=timeout_s,
+            repeat_s=run.heartbeat_s,
+        ),
+        checkpoint=CheckpointSettings(chunk_count=workload.chunk_count, fetch_timeout_s=timeout_s),
+        training=TrainingSettings(
+            me=me.id,
+            inner_steps=run.round.inner_steps,
+            rounds=run.rounds,
+            evaluate_every=node.evaluate_every,
+            min_members=run.min_members,
+        ),
+    )

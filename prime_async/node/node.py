@@ -1,0 +1,294 @@
+"""A node: the transport, four actors in one nursery, and what a failure means."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import structlog
+import trio
+
+from prime_async.actors.checkpoint import CheckpointActor
+from prime_async.actors.exchange import ExchangeActor
+from prime_async.actors.groups import single_errors
+from prime_async.actors.membership import MembershipActor
+from prime_async.actors.runner import Runner
+from prime_async.actors.store import ChunkStore
+from prime_async.actors.tensors import Tensors
+from prime_async.actors.training import TrainingActor
+from prime_async.config.schema import Config
+from prime_async.config.spec import run_id
+from prime_async.errors import LeaderLostError, NonFiniteError, PrimeAsyncError, RefusedError
+from prime_async.ledger import StateFile
+from prime_async.log import LogWriter, MachineSettings
+from prime_async.machines.facts import (
+    ContributorLeftOut,
+    Fact,
+    HelloRefused,
+    InnerStepDone,
+    KeyDenied,
+    LeaderSilent,
+    MemberLost,
+    NonFiniteProgress,
+    PeerDropped,
+    RoundIgnored,
+    SlowWake,
+    StateDiverged,
+    StillAsking,
+)
+from prime_async.machines.vocabulary import (
+    ActorName,
+    DoorClosed,
+    Effect,
+    Event,
+    Fail,
+    Heard,
+    Leave,
+    Offended,
+    StateAt,
+)
+from prime_async.messages import Behind, Commit, Have, Plan, Ready, ViewUpdate
+from prime_async.node.allow import AllowList
+from prime_async.node.build import allow_list, data_stream, machine_settings, open_transport
+from prime_async.node.events import EventStream
+from prime_async.node.meter import Meter
+from prime_async.transport.base import Denied, Notice, Received, Traffic, Transport, Violation
+from prime_async.transport.keys import read_key_file
+from prime_async.work.workload import Workload
+
+log = structlog.get_logger(__name__)
+
+ROUND_MESSAGES = (Ready, Plan, Have, Commit, Behind)
+WARNINGS = (
+    ContributorLeftOut, HelloRefused, KeyDenied, MemberLost, NonFiniteProgress, PeerDropped, RoundIgnored, SlowWake,
+    StateDiverged, StillAsking, LeaderSilent,
+)  # fmt: skip
+GOODBYE_S = 5.0
+"""How long a node that is closed by its user waits for the others to let it go."""
+
+
+class Performer(Protocol):
+    """The part of an actor that a runner needs."""
+
+    def perform(self, effect: Effect) -> None:
+        """Do what a machine asked for, or start to."""
+        ...
+
+
+class Node:
+    """One node of a run. Made by :func:`open_node`."""
+
+    def __init__(self, config: Config, transport: Transport, workload: Workload, allow: AllowList) -> None:
+        self.config = config
+        self.events = EventStream()
+        self.meter = Meter()
+        self.stopping = False
+        self._transport = transport
+        self._workload = workload
+        self._allow = allow
+        self._log = log.bind(node=config.node.name or transport.id[:8])
+        self._store = ChunkStore()
+        self._runners: dict[ActorName, Runner] = {}
+        self._finished = trio.Event()
+        self._failure: PrimeAsyncError | None = None
+        self._scope = trio.CancelScope()
+        self._state_is_whole: Callable[[], bool] = lambda: True
+        self._file = StateFile(config.node.directory, run_id(config.run))
+
+    @property
+    def id(self) -> str:
+        """The node's public key, 64 hexadecimal digits."""
+        return self._transport.id
+
+    @property
+    def contact(self) -> str:
+        """What others put into ``node.join`` to reach this node: ``KEY@HOST:PORT``."""
+        return f"{self.id}@{self._transport.control_address.removeprefix('tcp://')}"
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes handed to, and taken from, the sockets so far."""
+        return self._transport.traffic
+
+    @property
+    def round(self) -> int:
+        """Outer steps in this node's outer state."""
+        return self._workload.round
+
+    @property
+    def workload(self) -> Workload:
+        """What this node trains. Its tensors are the node's own while the node runs: read them after ``wait``."""
+        return self._workload
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask the node to leave: after the round, or after the inner step that is under way. Returns immediately."""
+        self.stopping = True
+        self._post("training", Leave(at_once=at_once))
+
+    async def wait(self) -> None:
+        """Until the node has left the run: it was stopped, or has done all rounds, or the leader ended the run."""
+        await self._finished.wait()
+
+    # --- wiring -------------------------------------------------------------------------------------------------
+
+    def _post(self, actor: ActorName, event: Event) -> None:
+        self._runners[actor].post(event)
+
+    def _report(self, fact: Fact) -> None:
+        fields = msgspec.to_builtins(fact)
+        name = fields.pop("type")
+        level = "debug" if isinstance(fact, InnerStepDone) else "warning" if isinstance(fact, WARNINGS) else "info"
+        getattr(self._log, level)(name, **fields)
+        self.meter.add(fact, trio.current_time())
+        self.events.put(fact)
+
+    def _fail(self, fail: Fail) -> None:
+        match fail.kind:
+            case "refused":
+                self._failure = RefusedError(fail.reason, fail.text, fail.differences)
+            case "leader_lost":
+                self._failure = LeaderLostError(fail.text)
+            case "non_finite":
+                self._failure = NonFiniteError(fail.text)
+        self._scope.cancel()
+
+    def _admit(self, members: frozenset[str]) -> None:
+        self._allow.members = members
+
+    def _save(self) -> Path | None:
+        """Not while the outer state is half one and half another: then the file keeps the one it has."""
+        return self._file.save(self._workload) if self._state_is_whole() else None
+
+    def _build(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
+        machines = settings.build()
+        self._runners = {
+            name: Runner(name, machine, tell=self._post, report=self._report, recorder=recorder)
+            for name, machine in machines.items()
+        }
+        tensors = Tensors(self._workload)
+        common = (self._transport, tensors, self._store, nursery)
+        membership = MembershipActor(self._transport, admit=self._admit, fail=self._fail, finish=self._finished.set)
+        runners = self._runners
+        exchange = ExchangeActor(*common, runners["exchange"].post, runners["exchange"].retract)
+        checkpoint = CheckpointActor(*common, runners["checkpoint"].post, runners["checkpoint"].retract)
+        checkpoint.served_round = self._workload.round
+        self._state_is_whole = lambda: checkpoint.served_round is not None
+
+        def serve_round(round: int | None) -> None:
+            checkpoint.served_round = round
+
+        training = TrainingActor(
+            tensors,
+            self._store,
+            nursery,
+            runners["training"].post,
+            report=self._report,
+            fail=self._fail,
+            serve_round=serve_round,
+            save=self._save,
+        )
+        actors: dict[ActorName, Performer] = {
+            "membership": membership,
+            "exchange": exchange,
+            "checkpoint": checkpoint,
+            "training": training,
+        }
+        for name, runner in self._runners.items():
+            nursery.start_soon(runner.run, actors[name].perform, name=f"{name} of {self.id[:8]}")
+
+    async def _listen(self) -> None:
+        """Hand what peers say to the machine that it concerns. A full inbox loses messages, never events of our own."""
+        async for notice in self._transport.notices:
+            self._on_notice(notice)
+
+    def _on_notice(self, notice: Notice) -> None:
+        match notice:
+            case Received(peer=peer, message=message):
+                actor: ActorName = "exchange" if isinstance(message, ROUND_MESSAGES) else "membership"
+                self._runners[actor].offer(Heard(peer=peer, message=message))
+                if isinstance(message, ViewUpdate):  # for both: a plan may refer to an older view
+                    self._runners["exchange"].offer(Heard(peer=peer, message=message))
+            case Denied(peer=peer, address=address):
+                self._runners["membership"].offer(DoorClosed(peer=peer, address=address))
+            case Violation(peer=peer, plane=plane, reason=reason, count=count, shut_out=shut_out):
+                event = Offended(peer=peer, plane=plane, reason=reason[:1024], times=count, shut_out=shut_out)
+                self._runners["membership"].offer(event)
+
+    # --- from open to closed ------------------------------------------------------------------------------------
+
+    def _start(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
+        self._build(nursery, settings, recorder)
+        nursery.start_soon(self._listen)
+        nursery.start_soon(self._end_events)
+        self._transport.serve(self._store)
+        self._post("training", StateAt(round=self._workload.round, digest=self._workload.state_digest()))
+
+    async def _end_events(self) -> None:
+        await self._finished.wait()
+        self.events.close()
+
+    async def _close(self) -> None:
+        if not self._finished.is_set():
+            self.stop(at_once=True)
+            with trio.move_on_after(GOODBYE_S):
+                await self._finished.wait()
+
+    async def _load(self) -> None:
+        await trio.to_thread.run_sync(self._file.load, self._workload)
+
+    async def _save_last(self) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._save)
+
+
+def _default_workload(config: Config) -> Workload:
+    """The model and data of the configuration. torch is imported here, and only here."""
+    from prime_async.work.diloco import build_workload
+
+    return build_workload(config.run, config.node, data_stream(read_key_file(config.node.key).id))
+
+
+@asynccontextmanager
+async def open_node(
+    config: Config, *, transport: Transport | None = None, workload: Workload | None = None
+) -> AsyncIterator[Node]:
+    """Run a node for as long as the block lasts.
+
+    It joins its run, or founds it, and trains in the background; iterate over ``node.events`` to watch it, and
+    ``await node.wait()`` until it has left. ``transport`` and ``workload`` replace the real network, and the model
+    and data of the configuration; by default both are made from ``config``. If ``node.directory`` holds the outer
+    state of this run, the node begins with it.
+
+    Leaving the block stops the node after the inner step that is under way, says goodbye, and saves the outer state.
+    Cancelling it does the same without the goodbye. If the node cannot go on, the block is cancelled and one of these
+    is raised: :class:`ConfigError`, :class:`AddressInUseError`, :class:`RefusedError`, :class:`LeaderLostError`,
+    :class:`NonFiniteError`, :class:`StorageError`. In every case the outer state is on disk afterwards, if any round
+    was done.
+    """
+    async with AsyncExitStack() as stack:
+        allow = allow_list(config.node)
+        if workload is None:
+            workload = await trio.to_thread.run_sync(_default_workload, config)
+        if transport is None:
+            transport = await stack.enter_async_context(open_transport(config.node, workload, allow))
+        node = Node(config, transport, workload, allow)
+        await node._load()
+        settings = machine_settings(config, transport, workload)
+        recorder = None
+        if config.node.record is not None:
+            recorder = stack.enter_context(closing(LogWriter(config.node.record, node.id, settings)))
+        try:
+            with single_errors(), node._scope:
+                async with trio.open_nursery() as nursery:
+                    node._start(nursery, settings, recorder)
+                    yield node
+                    await node._close()
+                    nursery.cancel_scope.cancel()
+        finally:
+            await node._save_last()
+            node.events.close()
+        if node._failure is not None:
+            raise node._failure
