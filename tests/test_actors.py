@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,6 +17,7 @@ from prime_async.actors.fetcher import Fetcher
 from prime_async.actors.runner import Runner
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
+from prime_async.actors.training import TrainingActor
 from prime_async.errors import NonFiniteError
 from prime_async.machines.vocabulary import (
     CancelFetches,
@@ -30,6 +32,7 @@ from prime_async.machines.vocabulary import (
     Imported,
     Reduce,
     Reduced,
+    Save,
 )
 from prime_async.messages import ChunkInfo, ChunkKey, positions
 from prime_async.transport.base import Chunk
@@ -203,3 +206,73 @@ async def test_every_chunk_has_its_turn_once() -> None:
     tensors, seen = Tensors(workload(), workers=3), list[int]()
     await tensors.for_each(seen.append, range(100))
     assert sorted(seen) == list(range(100))
+
+
+class Gated(BufferWorkload):
+    """Its imports wait for a gate, and everything that touches the state is noted when it begins and ends."""
+
+    def __init__(self) -> None:
+        super().__init__(workload().values, 256, make_codec("fp32"))
+        self.gate = threading.Event()
+        self.journal: list[str] = []
+
+    def import_state(self, chunk: int, data: memoryview) -> None:
+        self.journal.append(f"import {chunk} begins")
+        assert self.gate.wait(10)
+        super().import_state(chunk, data)
+        self.journal.append(f"import {chunk} ends")
+
+    def end_import(self, round: int) -> bytes:
+        if hasattr(self, "journal"):
+            self.journal.append("end")
+        return super().end_import(round)
+
+
+async def test_imports_their_end_and_saving_wait_for_each_other_in_the_order_in_which_they_were_asked_for() -> None:
+    """Defect: an import that had been given up could still write while the next one did, or while the file was made."""
+    network = MemoryNetwork(5)
+    send, receive = trio.open_memory_channel[Event](20)
+    async with network.open("a") as a, network.open("b") as b, trio.open_nursery() as nursery:
+        ours, theirs, served = Gated(), workload(2), ChunkStore()
+        for chunk in range(2):
+            served.put(key("mean", chunk), chunk_of(theirs.export_state(chunk)))
+        b.serve(served)
+        a.dial("b", b.control_address, b.bulk_address)
+        tensors = Tensors(ours, 4)
+        actor = CheckpointActor(a, tensors, ChunkStore(), nursery, send.send_nowait, lambda _: None)
+        training = TrainingActor(
+            tensors,
+            ChunkStore(),
+            nursery,
+            send.send_nowait,
+            report=lambda _: None,
+            fail=lambda _: None,
+            serve_round=lambda _: None,
+            save=lambda: ours.journal.append("save"),
+        )
+        with trio.fail_after(10):
+            for chunk in range(2):
+                actor.perform(fetch("b", key("mean", chunk)))
+                await receive.receive()
+            wishes: list[tuple[Callable[[Effect], None], Effect]] = [
+                (actor.perform, ImportChunk(peer="b", key=key("mean", 0))),
+                (training.perform, Save()),
+                (actor.perform, ImportChunk(peer="b", key=key("mean", 1))),
+                (actor.perform, EndImport(round=7)),
+            ]
+            for perform, effect in wishes:
+                perform(effect)
+                await trio.testing.wait_all_tasks_blocked(0.005)
+            assert ours.journal == ["import 0 begins"]
+            ours.gate.set()
+            for _ in wishes:
+                await receive.receive()
+        assert ours.journal == [
+            "import 0 begins",
+            "import 0 ends",
+            "save",
+            "import 1 begins",
+            "import 1 ends",
+            "end",
+        ]
+        nursery.cancel_scope.cancel()

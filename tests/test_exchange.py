@@ -519,3 +519,28 @@ def test_a_mean_with_who_is_in_it_counts_by_its_digest_alone() -> None:
         head = ChunkInfo(digest=info(chunk).digest, contributors=bitmap((0, 1)), total_weight=3)
         effects = node.handle(2.0, Fetched(peer="n0", key=mean(chunk), info=head))
     assert told(effects, "training")
+
+
+def test_a_leader_believes_no_commit_that_comes_under_its_own_name() -> None:
+    """Somebody has a copy of its key."""
+    node = exchange("n0")
+    assert hears(node, commit(), peer="n0") == []
+    assert hears(node, plan(), peer="n0") == []
+
+
+def test_a_contributor_that_gets_wrong_means_twice_fetches_the_state() -> None:
+    node, _ = planned()
+    complete(node)
+    assert asked(hears(node, commit(digest=b"?" * 32)))
+    assert told(follow(node), "checkpoint") == [FetchState()]
+
+
+def test_a_plan_that_counts_on_an_earlier_start_of_this_node_does_not_use_up_its_progress() -> None:
+    node = exchange("n2")
+    hears(node, plan())
+    for peer in ("n0", "n1"):
+        fetched(node, peer, key("contribution", 2))
+    node.handle(2.1, Reduced(key=mean(2), info=info(2)))
+    fetched(node, "n0", mean(0))
+    fetched(node, "n1", mean(1))
+    assert told(hears(node, commit()), "training") == [MeansCommitted(round=0, epoch=1, attempt=0, position=-1)]

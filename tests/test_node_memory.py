@@ -19,7 +19,6 @@ import torch
 import trio
 from torch import Tensor
 
-from prime_async.config.contact import Contact
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
@@ -60,11 +59,6 @@ LIMIT_S = 30.0
 ELEMENTS, CHUNK = 1000, 256
 STEPS = 2
 F = TypeVar("F", bound=Fact)
-
-
-@pytest.fixture(autouse=True)
-def contacts_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Contact, "address", property(lambda contact: f"memory://{contact.id}/control"))
 
 
 class Walker(BufferWorkload):

@@ -49,11 +49,6 @@ class Contact:
             )
         return cls(key, _unbracketed(host), int(port))
 
-    @property
-    def address(self) -> str:
-        """What a transport dials: ``tcp://HOST:PORT``."""
-        return f"tcp://{bracketed(self.host)}:{self.port}"
-
     def __str__(self) -> str:
         return f"{self.id}@{bracketed(self.host)}:{self.port}"
 

@@ -91,7 +91,9 @@ def machine_settings(config: Config, transport: Transport, workload: Workload) -
             me=me,
             run_id=run_id(run),
             settings=flatten(run),
-            contacts=tuple(ContactPoint(id=c.id, control=c.address) for c in contacts_of(node)),
+            contacts=tuple(
+                ContactPoint(id=c.id, control=transport.locate(c.id, c.host, c.port)) for c in contacts_of(node)
+            ),
             min_members=run.min_members,
             heartbeat_s=run.heartbeat_s,
             failure_timeout_s=run.failure_timeout_s,

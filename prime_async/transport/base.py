@@ -114,6 +114,10 @@ class Transport(Protocol):
         """
         ...
 
+    def locate(self, peer: str, host: str, port: int) -> str:
+        """The control address of a node that the configuration names as ``PEER@HOST:PORT``."""
+        ...
+
     def dial(self, peer: str, control: str, bulk: str) -> None:
         """From now on keep connections to ``peer``; ``bulk`` may be "" while it is not known. Idempotent.
 

@@ -268,6 +268,9 @@ class MemoryTransport:
     def notices(self) -> trio.MemoryReceiveChannel[Notice]:
         return self._inbox.notices
 
+    def locate(self, peer: str, host: str, port: int) -> str:  # noqa: ARG002  (one process is one place)
+        return f"memory://{peer}/control"
+
     def dial(self, peer: str, control: str, bulk: str) -> None:
         if self._closed:
             raise LocalError("this transport is closed: dial inside its `async with`")

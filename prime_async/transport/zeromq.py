@@ -144,6 +144,9 @@ class ZmqTransport:
         self._inbox.close()
         self._closed = True
 
+    def locate(self, peer: str, host: str, port: int) -> str:  # noqa: ARG002  (the key is checked when it is dialled)
+        return f"tcp://{_bracketed(host)}:{port}"
+
     def dial(self, peer: str, control: str, bulk: str) -> None:
         if self._closed:
             raise LocalError("this transport is closed: dial inside its `async with`")
