@@ -1,0 +1,40 @@
+"""The command ``prime-async``. Each subcommand is a module of its own, imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+
+from cyclopts import App
+
+from prime_async.errors import ConfigError, PrimeAsyncError
+
+app = App(
+    name="prime-async",
+    help="Train one language model on computers that belong to many people, over ordinary internet links.",
+)
+app.command("prime_async.cli.demo:demo", name="demo")
+app.command("prime_async.cli.init:init", name="init")
+app.command("prime_async.cli.check:check", name="check")
+app.command("prime_async.cli.run:run", name="run")
+app.command("prime_async.cli.data:data", name="data")
+app.command("prime_async.cli.replay:replay", name="replay")
+app.command("prime_async.cli.bench:app", name="bench")
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run a subcommand. What goes wrong on purpose is printed without a traceback, and ends with what to do."""
+    try:
+        sys.exit(app())
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except PrimeAsyncError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

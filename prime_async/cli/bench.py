@@ -1,0 +1,127 @@
+"""``prime-async bench``: how fast, against what others offer, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import trio
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prime_async.actors.groups import single_errors
+from prime_async.bench.exchange import ExchangeBench, measure
+from prime_async.cli.demo_report import size
+
+app = App(name="bench", help="Measure this program on this machine.")
+
+
+@app.command
+def exchange(
+    *,
+    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=64))] = 4,
+    mib: Annotated[int, Parameter(validator=Number(gte=1, lte=65536))] = 64,
+    iterations: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 6,
+    chunk_elements: Annotated[int, Parameter(validator=Number(gte=256, lte=2**26, modulo=256))] = 2**20,
+    plain: Annotated[bool, Parameter(negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Average a vector among node processes, as a round does, and with gloo's fp32 all-reduce beside it.
+
+    Keep the machine idle meanwhile.
+
+    Parameters
+    ----------
+    nodes
+        How many processes.
+    mib
+        Size of the vector on each, fp32.
+    iterations
+        Timed exchanges, and all-reduces, of each kind.
+    chunk_elements
+        Elements per chunk, a multiple of 256: as run.exchange.chunk_elements.
+    plain
+        Only without encryption; otherwise both.
+    json_
+        Print one JSON object as the last line of stdout; the table goes to stderr.
+    """
+    console = Console(stderr=json_, highlight=False)
+    bench = ExchangeBench(nodes=nodes, mib=mib, chunk_elements=chunk_elements, iterations=iterations)
+    result = trio.run(_measure, bench, plain, console)
+    console.print(_table(result))
+    console.print(_phases(result))
+    if json_:
+        print(json.dumps(result))
+    return 0
+
+
+async def _measure(bench: ExchangeBench, plain: bool, console: Console) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "nodes": bench.nodes,
+        "mib": bench.mib,
+        "chunk_elements": bench.chunk_elements,
+        "iterations": bench.iterations,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    with single_errors():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_interrupt_on_sigterm)
+            for name in ("plain",) if plain else ("plain", "encrypted"):
+                console.print(f"{name}: {bench.nodes} x {bench.mib} MiB, {bench.iterations} iterations ...")
+                result[name] = await measure(bench, encrypt=name == "encrypted")
+            nursery.cancel_scope.cancel()
+    return result
+
+
+async def _interrupt_on_sigterm() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            raise KeyboardInterrupt
+
+
+def _modes(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, result[name]) for name in ("plain", "encrypted") if name in result]
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """One column a mode."""
+    modes = _modes(result)
+    title = f"exchange of {result['nodes']} x {result['mib']} MiB on {result['cores']} cores"
+    table = Table("", *(name for name, _ in modes), title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+        ("seconds, median", lambda m: f"{m['median_s']:.3f}"),
+        ("gloo fp32 all-reduce", lambda m: f"{m['gloo_median_s']:.3f}"),
+        ("ratio", lambda m: f"{m['ratio']:.2f}"),
+        ("on the wire", lambda m: size(m["wire_bytes"])),
+        ("gloo, on the wire", lambda m: size(m["gloo_wire_bytes"])),
+        ("share of gloo's bytes", lambda m: f"{m['wire_share']:.1%}"),
+        ("sent, by our counters", lambda m: size(m["sent_bytes"])),
+        ("relative L2 error", lambda m: f"{m['relative_error']:.3%}"),
+        ("bitwise equal on all nodes", lambda m: "yes" if m["bitwise_equal"] else "NO"),
+        ("CPU seconds per process", lambda m: f"{m['cpu_s_per_process']:.3f}"),
+        ("gloo, CPU seconds per process", lambda m: f"{m['gloo_cpu_s_per_process']:.3f}"),
+        ("peak memory, in vectors", lambda m: f"{m['peak_memory_vectors']:.2f}"),
+    )
+    for name, text in rows:
+        table.add_row(name, *(text(mode) for _, mode in modes))
+    return table
+
+
+def _phases(result: dict[str, Any]) -> Table:
+    """Where the time went, one row a mode."""
+    modes = _modes(result)
+    names = list(modes[0][1]["phases_s"])
+    table = Table("ms", *names, title="one phase after the other, mean of all nodes", box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for mode, figures in modes:
+        table.add_row(mode, *(f"{1000 * figures['phases_s'][name]:.0f}" for name in names))
+    return table

@@ -1,0 +1,206 @@
+"""``prime-async demo``: several nodes on this machine train one model together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import trio
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich.console import Console
+from rich.live import Live
+
+from prime_async.actors.groups import single_errors
+from prime_async.cli.children import Child, node_process, wait_for, wait_started
+from prime_async.cli.demo_report import final_report, progress_table
+from prime_async.config.load import config_from
+from prime_async.config.schema import Config
+from prime_async.errors import ConfigError, EnvironmentFault
+from prime_async.transport.keys import write_key_file
+
+REFRESH_PER_S = 4
+SAMPLE_TOKENS = 240
+PROMPT = "KING HENRY.\n"
+
+DEMO_RUN: dict[str, Any] = {
+    "name": "demo",
+    "model": "llama-1m",
+    "sequence_length": 128,
+    "round": {"inner_steps": 50},
+    "inner": {"batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 20},
+    # Few rounds: less momentum than the default 0.9, which needs more of them to pay.
+    "outer": {"learning_rate": 0.7, "momentum": 0.5},
+    # About a million parameters: smaller chunks, so that every node owns some.
+    "exchange": {"chunk_elements": 2**16},
+}
+"""The run of the demo: what differs from the defaults, and why."""
+
+
+def demo(
+    *,
+    nodes: Annotated[int, Parameter(validator=Number(gte=1, lte=16))] = 3,
+    rounds: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 8,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    keep: Annotated[Path | None, Parameter(negative="")] = None,
+) -> int:
+    """Train a model of a million parameters on this machine, with several nodes that exchange encrypted chunks.
+
+    Parameters
+    ----------
+    nodes
+        How many node processes.
+    rounds
+        How many rounds, of 50 inner steps each.
+    json_
+        Print one JSON object as the last line of stdout; the table goes to stderr.
+    keep
+        A new directory for the nodes' files (configuration, log, message log, outer state), which stays afterwards.
+    """
+    console = Console(stderr=json_, highlight=False)
+    with _directory(keep) as directory:
+        result = trio.run(_demo, nodes, rounds, directory, console)
+    if json_:
+        print(json.dumps(result))
+    return 0
+
+
+@contextmanager
+def _directory(keep: Path | None) -> Iterator[Path]:
+    """Where the nodes keep their files: ``keep``, or a temporary directory that goes in the end."""
+    if keep is None:
+        directory = Path(tempfile.mkdtemp(prefix="prime-async-demo-"))
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+        return
+    try:
+        keep.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ConfigError([f"--keep {keep}: is already there: name a new directory"]) from error
+    yield keep.resolve()
+
+
+async def _demo(nodes: int, rounds: int, directory: Path, console: Console) -> dict[str, Any]:
+    with single_errors():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_interrupt_on_sigterm)
+            result = await _train(nodes, rounds, directory, console)
+            nursery.cancel_scope.cancel()
+    final_report(console, result)
+    return result
+
+
+async def _interrupt_on_sigterm() -> None:
+    """A demo that is terminated ends its nodes as one that is interrupted."""
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            raise KeyboardInterrupt
+
+
+async def _train(nodes: int, rounds: int, directory: Path, console: Console) -> dict[str, Any]:
+    began = time.monotonic()
+    names = [f"node-{i + 1}" for i in range(nodes)]
+    for name in names:
+        (directory / name).mkdir()
+    keys = [write_key_file(directory / name / "node.key").id for name in names]
+    children: list[Child] = []
+    with Live(console=console, refresh_per_second=REFRESH_PER_S, transient=False) as live:
+
+        def refresh() -> None:
+            live.update(progress_table(children, rounds, time.monotonic() - began), refresh=not console.is_terminal)
+
+        quiet = (lambda: None) if not console.is_terminal else refresh
+        async with AsyncExitStack() as stack:
+            for name in names:
+                config = _node_config(name, directory, rounds, nodes, keys, [c.contact for c in children[:1]])
+                child = await stack.enter_async_context(node_process(config, directory / name, quiet))
+                children.append(child)
+                if child is children[0]:
+                    await wait_started(child)  # the others join it
+            with single_errors():
+                async with trio.open_nursery() as nursery:
+                    for child in children:
+                        nursery.start_soon(wait_for, child)
+            refresh()
+        console.print()
+        sample = await trio.to_thread.run_sync(_sample, config, directory / names[0])
+    return {**_result(children, nodes, rounds), "sample": sample, "wall_s": round(time.monotonic() - began, 2)}
+
+
+def _node_config(
+    name: str, directory: Path, rounds: int, nodes: int, keys: Sequence[str], join: Sequence[str]
+) -> Config:
+    home = directory / name
+    return config_from(
+        {
+            "run": {**DEMO_RUN, "rounds": rounds, "min_members": nodes},
+            "node": {
+                "name": name,
+                "key": str(home / "node.key"),
+                "directory": str(home),
+                "host": "127.0.0.1",
+                "advertise": "127.0.0.1",
+                "port": 0,
+                "bulk_port": 0,
+                "join": list(join),
+                "allow": list(keys),
+                "threads": 1,
+                "record": str(home / "messages.log"),
+                "log_level": "warning",
+            },
+        }
+    )
+
+
+def _sample(config: Config, home: Path) -> str:
+    """A few lines of the trained model, from the outer state that a node saved."""
+    from prime_async.config.spec import run_id
+    from prime_async.ledger import StateFile
+    from prime_async.work.diloco import build_workload
+    from prime_async.work.generate import generate
+    from prime_async.work.inner import InnerTrainer
+
+    workload = build_workload(config.run, config.node, stream=0)
+    if not StateFile(home, run_id(config.run)).load(workload):
+        raise EnvironmentFault(f"{home}: the node saved no outer state")
+    trainer = workload.trainer
+    assert isinstance(trainer, InnerTrainer)
+    return PROMPT + "".join(generate(trainer.model, trainer.corpus, PROMPT, SAMPLE_TOKENS, 0.8, seed=0))
+
+
+def _result(children: Sequence[Child], nodes: int, rounds: int) -> dict[str, Any]:
+    """All figures of the demo, from what the nodes said."""
+    first = children[0]
+    heldout = first.meter.heldout
+    digests = [c.meter.state_digests for c in children]
+    if any(d.keys() != set(range(1, rounds + 1)) for d in digests):
+        raise EnvironmentFault(f"not every node took part in all {rounds} rounds: {[sorted(d) for d in digests]}")
+    per_step = 2 * (nodes - 1) / nodes * 4 * first.parameters  # ring all-reduce: each node sends so many bytes
+    data_parallel = [round(per_step * c.meter.inner_steps) for c in children]
+    sent = [c.bytes_sent for c in children]
+    return {
+        "nodes": nodes,
+        "rounds": rounds,
+        "inner_steps": [c.meter.inner_steps for c in children],
+        "parameters": first.parameters,
+        "tokens": sum(c.meter.tokens for c in children),
+        "heldout_loss_before": heldout[0],
+        "heldout_loss_after": heldout[rounds],
+        "state_digests": [d[rounds] for d in digests],
+        "equal_after_every_round": all(d == digests[0] for d in digests),
+        "bytes_sent": sent,
+        "bytes_data_parallel_fp32": data_parallel,
+        "reduction": round(sum(data_parallel) / max(sum(sent), 1), 1),
+        "training_share": [round(c.meter.training_share, 4) for c in children],
+        "tokens_per_s": round(statistics.median(c.meter.tokens_per_s for c in children)),
+    }

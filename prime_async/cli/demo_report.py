@@ -1,0 +1,71 @@
+"""What the demo shows: a table while it runs, and the figures at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from prime_async.cli.children import Child
+
+
+def progress_table(children: Sequence[Child], rounds: int, elapsed_s: float) -> Table:
+    """One row a node."""
+    table = Table(title=f"prime-async demo, {elapsed_s:.0f} s", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("node")
+    table.add_column("state", min_width=10)
+    for name in ("round", "steps", "loss", "tokens/s", "sent", "training"):
+        table.add_column(name, justify="right")
+    for child in children:
+        meter = child.meter
+        table.add_row(
+            child.name,
+            child.state,
+            f"{meter.round}/{rounds}",
+            str(meter.inner_steps),
+            _number(meter.loss, ".3f"),
+            f"{meter.tokens_per_s:,.0f}",
+            size(child.bytes_sent),
+            _number(meter.training_share * 100, ".1f", " %"),
+        )
+    return table
+
+
+def final_report(console: Console, result: dict[str, Any]) -> None:
+    """The figures, and what they mean."""
+    equal = len(set(result["state_digests"])) == 1 and result["equal_after_every_round"]
+    sent, parallel = sum(result["bytes_sent"]), sum(result["bytes_data_parallel_fp32"])
+    shares = ", ".join(f"{share:.1%}" for share in result["training_share"])
+    lines = (
+        ("held-out loss", f"{result['heldout_loss_before']:.3f} -> {result['heldout_loss_after']:.3f} nats per byte"),
+        ("trained on", f"{result['tokens']:,} bytes of text, {result['parameters']:,} parameters"),
+        ("bytes sent", f"{size(sent)} by all nodes, headers and heartbeats included"),
+        ("data-parallel", f"{size(parallel)} for the same steps (fp32 ring all-reduce at every step)"),
+        ("reduction", f"{result['reduction']:.0f} times fewer bytes"),
+        ("weights", f"{'bitwise equal' if equal else 'DIFFERENT'} on all nodes after every round"),
+        ("state digest", result["state_digests"][0]),
+        ("training share", f"{shares} of the time"),
+        ("wall time", f"{result['wall_s']:.0f} s"),
+    )
+    for name, value in lines:
+        console.print(f"[bold]{name:>15}[/bold]  {value}", soft_wrap=True)
+    console.print(Panel(Text(result["sample"].strip()), title="the model writes", title_align="left", expand=False))
+
+
+def size(count: int) -> str:
+    """A number of bytes as people read it."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return "" if math.isnan(value) else f"{value:{form}}{unit}"
