@@ -129,6 +129,7 @@ async def wait_for(child: Child) -> None:
         raise EnvironmentFault(
             f"node {child.name} ended with exit status {code}. Its last words:\n{child.error_output}"
         )
+    child.state = "done"
 
 
 async def wait_started(child: Child) -> None:

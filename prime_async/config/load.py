@@ -28,11 +28,12 @@ PATHS: Final = ("key", "directory", "allow_file", "data_path", "record")
 """The settings of ``[node]`` that are relative to the folder of the file."""
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path | str) -> Config:
     """The configuration in ``path``; paths inside it are relative to its folder, ``~`` is the home folder.
 
     Raises :class:`ConfigError` with every problem that the file has.
     """
+    path = Path(path)
     return _with_paths_from(path.parent, parse_config(_read(path), str(path)), str(path))
 
 

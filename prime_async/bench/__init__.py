@@ -1,0 +1,1 @@
+"""Measurements of the program against what others offer, on one machine."""

@@ -1,0 +1,169 @@
+"""The benchmark of the exchange: our nodes and gloo's all-reduce side by side, in the same processes.
+
+A group is ``nodes`` processes. Each runs a node of ours, whole (``open_node``: membership, plan, commit, ZeroMQ on
+loopback), and a rank of gloo; both average the same fp32 vector. An iteration of gloo, then one of ours, and so on.
+Encrypted and plain are two groups, one after the other, each with its own iterations of gloo.
+
+The time of an iteration, ours and gloo's: from the first process that leaves the barrier before it, to the last process
+that holds the whole result. For ours that begins where the inner steps end, and ends with the digest of the new outer
+state; for gloo it is ``all_reduce`` alone, without the division.
+
+Bytes on the wire are those of the loopback interface: other programs on the machine count too, so it should be idle.
+Peak memory is the most that a process had in its first two exchanges, before it ran gloo at all, above what it had
+before them, with the vector already there.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+import trio
+
+from prime_async.actors.groups import single_errors
+from prime_async.bench.figures import Timing, WorkerReport, WorkerSpec
+from prime_async.bench.journal import mean_of
+from prime_async.errors import EnvironmentFault
+from prime_async.transport.keys import write_key_file
+
+FP32_BYTES = 4
+GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeBench:
+    """What is measured."""
+
+    nodes: int
+    mib: int
+    chunk_elements: int
+    iterations: int
+
+    @property
+    def elements(self) -> int:
+        return (self.mib << 20) // FP32_BYTES
+
+
+async def measure(bench: ExchangeBench, encrypt: bool) -> dict[str, Any]:
+    """The figures of one group, as ``prime-async bench exchange --json`` prints them.
+
+    Raises :class:`EnvironmentFault` if a process ends badly; then, and on cancellation, no process is left.
+    """
+    with TemporaryDirectory(prefix="prime-async-bench-") as directory:
+        reports = await _reports(bench, encrypt, Path(directory))
+    return _figures(bench, reports)
+
+
+async def _reports(bench: ExchangeBench, encrypt: bool, directory: Path) -> list[WorkerReport]:
+    homes = [directory / f"node-{rank}" for rank in range(bench.nodes)]
+    for home in homes:
+        home.mkdir()
+    ids = tuple(write_key_file(home / "node.key").id for home in homes)
+    reports: dict[int, WorkerReport] = {}
+    async with AsyncExitStack() as stack:
+        processes: list[trio.Process] = []
+        for rank in range(bench.nodes):
+            spec = WorkerSpec(
+                rank=rank,
+                nodes=bench.nodes,
+                elements=bench.elements,
+                chunk_elements=bench.chunk_elements,
+                iterations=bench.iterations,
+                encrypt=encrypt,
+                directory=str(directory),
+                ids=ids,
+            )
+            processes.append(await stack.enter_async_context(_worker(spec, homes[rank] / "stderr")))
+        with single_errors():
+            async with trio.open_nursery() as nursery:
+                for rank, process in enumerate(processes):
+                    nursery.start_soon(_read_report, rank, process, homes[rank] / "stderr", reports)
+    return [reports[rank] for rank in range(bench.nodes)]
+
+
+@asynccontextmanager
+async def _worker(spec: WorkerSpec, log: Path) -> AsyncIterator[trio.Process]:
+    """A process that ends with the block, and with us: its stdin is our pipe."""
+    with log.open("wb") as stderr:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "prime_async.bench.worker", msgspec.json.encode(spec).decode()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,  # Ctrl-C is ours to pass on
+            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        )
+    try:
+        yield process
+    finally:
+        with trio.CancelScope(shield=True):
+            assert process.stdin is not None
+            await process.stdin.aclose()
+            with trio.move_on_after(GRACE_S):
+                await process.wait()
+            if process.poll() is None:
+                process.kill()
+                await process.wait()
+
+
+async def _read_report(rank: int, process: trio.Process, log: Path, reports: dict[int, WorkerReport]) -> None:
+    assert process.stdout is not None
+    output = b"".join([data async for data in process.stdout])
+    if await process.wait() != 0:
+        raise EnvironmentFault(
+            f"process {rank} of the benchmark ended with exit status {process.returncode}. Its last words:\n{_end(log)}"
+        )
+    reports[rank] = msgspec.json.decode(output.splitlines()[-1], type=WorkerReport)
+
+
+def _end(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+
+
+def _figures(bench: ExchangeBench, reports: Sequence[WorkerReport]) -> dict[str, Any]:
+    ours = [[r.exchanges[i] for r in reports] for i in range(bench.iterations)]
+    gloo = [[r.all_reduces[i] for r in reports] for i in range(bench.iterations)]
+    own_timings = [[node.timing for node in row] for row in ours]
+    seconds, gloo_seconds = _seconds(own_timings), _seconds(gloo)
+    wire, gloo_wire = _wire_bytes(own_timings), _wire_bytes(gloo)
+    return {
+        "seconds": seconds,
+        "gloo_seconds": gloo_seconds,
+        "median_s": statistics.median(seconds),
+        "gloo_median_s": statistics.median(gloo_seconds),
+        "ratio": statistics.median(seconds) / statistics.median(gloo_seconds),
+        "wire_bytes": wire,
+        "gloo_wire_bytes": gloo_wire,
+        "wire_share": wire / gloo_wire,
+        "sent_bytes": round(statistics.median(sum(node.sent_bytes for node in row) for row in ours)),
+        "relative_error": reports[0].relative_error,
+        "digests": [node.digest for node in ours[-1]],
+        "bitwise_equal": all(len({node.digest for node in row}) == 1 for row in ours),
+        "cpu_s_per_process": _cpu(own_timings),
+        "gloo_cpu_s_per_process": _cpu(gloo),
+        "peak_memory_vectors": max(r.peak_memory_bytes for r in reports) / (FP32_BYTES * bench.elements),
+        "phases_s": mean_of([node.phases for row in ours for node in row]),
+        "busy_s": mean_of([node.busy for row in ours for node in row]),
+    }
+
+
+def _seconds(rows: Sequence[Sequence[Timing]]) -> list[float]:
+    return [max(t.ended_s for t in row) - min(t.began_s for t in row) for row in rows]
+
+
+def _wire_bytes(rows: Sequence[Sequence[Timing]]) -> int:
+    """As rank 0 read them."""
+    return round(statistics.median(row[0].wire_bytes for row in rows))
+
+
+def _cpu(rows: Sequence[Sequence[Timing]]) -> float:
+    return statistics.median(statistics.mean(t.cpu_s for t in row) for row in rows)

@@ -1,0 +1,71 @@
+"""What a process of the benchmark is told, and what it reports; JSON on both ways."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class WorkerSpec(Struct, frozen=True, kw_only=True):
+    """One process of a group: a node of ours and a rank of gloo at once."""
+
+    rank: int
+    nodes: int
+    elements: int
+    chunk_elements: int
+    iterations: int
+    encrypt: bool
+    directory: str  # shared by the group
+    ids: tuple[str, ...]  # the nodes' public keys, by rank
+
+
+class Timing(Struct, frozen=True, kw_only=True):
+    """One process's part of one operation; times on the monotonic clock that all processes of a machine share."""
+
+    began_s: float  # when it left the barrier before
+    ended_s: float  # when it held the result
+    cpu_s: float  # of all threads of the process, until everybody had the result
+    wire_bytes: int  # through the loopback interface meanwhile, all processes together
+
+
+class Phases(Struct, frozen=True, kw_only=True):
+    """Where the seconds of one exchange went on one node: one after the other, they add up to the whole.
+
+    ``plan``: from the last encoded chunk until the first fetch; ``contributions``: until the last one was here;
+    ``reduce``: until the last own chunk was reduced; ``means``: until the last mean was here; ``commit``: until the
+    first chunk was applied. Means are fetched, and chunks reduced, while contributions still come.
+    """
+
+    encode: float
+    plan: float
+    contributions: float
+    reduce: float
+    means: float
+    commit: float
+    apply: float
+
+
+class Busy(Struct, frozen=True, kw_only=True):
+    """Seconds that worker threads of one node spent in each kind of call, waiting for a core included."""
+
+    encode: float
+    reduce: float
+    apply: float
+
+
+class Exchanged(Struct, frozen=True, kw_only=True):
+    """One exchange, as one node saw it."""
+
+    timing: Timing
+    digest: str  # of the result
+    sent_bytes: int  # by the node's own counters, both planes
+    phases: Phases
+    busy: Busy
+
+
+class WorkerReport(Struct, frozen=True, kw_only=True):
+    """What a process found. ``relative_error``: see :func:`prime_async.bench.data.relative_error`; rank 0 alone."""
+
+    exchanges: list[Exchanged]
+    all_reduces: list[Timing]
+    peak_memory_bytes: int  # above what the process had before its first exchange
+    relative_error: float | None = None

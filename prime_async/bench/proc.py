@@ -1,0 +1,49 @@
+"""What Linux knows of this process and of the loopback interface."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from prime_async.errors import EnvironmentFault
+
+LOOPBACK = "lo"
+
+
+def loopback_bytes() -> int:
+    """Bytes that passed the loopback interface since the machine started, headers and acknowledgements included."""
+    for line in _read(Path("/proc/net/dev")).splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == LOOPBACK:
+            return int(counters.split()[0])
+    raise EnvironmentFault(f"/proc/net/dev has no interface {LOOPBACK!r}: run this where there is one")
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had since :func:`reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Count the peak from now on. Where the system forbids it, it counts since the process started: never less."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status(key: str) -> int:
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise EnvironmentFault(f"/proc/self/status has no {key}: this kernel cannot tell a process's memory")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: {error.strerror}; the benchmark needs Linux") from error

@@ -1,0 +1,67 @@
+"""What the README shows is run here, as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import prime_async
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+LIMIT_S = 120.0
+
+
+def block(language: str, containing: str) -> str:
+    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return next(text for text in blocks if containing in text)
+
+
+def test_a_users_own_model_and_data_train_in_the_embedding_program(tmp_path: Path) -> None:
+    """Given the README's own model, TOML and program, when the program runs, then rounds end and the loss falls."""
+    (tmp_path / "mine.py").write_text(block("python", "def build_model"))
+    (tmp_path / "embed.py").write_text(block("python", "open_node"))
+    root = Path(prime_async.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    settings = ["run.model=mine:build_model", "run.data=mine:open_data", "run.rounds=2", "run.sequence_length=8"]
+    settings += ["run.round.inner_steps=30", "run.inner.learning_rate=0.05", "run.inner.warmup_steps=1"]
+    settings += ["run.exchange.chunk_elements=1024", "node.host=127.0.0.1", "node.port=0", "node.bulk_port=0"]
+    init = [sys.executable, "-m", "prime_async", "init", ".", *(f"--set={s}" for s in settings)]
+    subprocess.run(init, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=LIMIT_S)
+
+    done = subprocess.run(
+        [sys.executable, "embed.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    losses = [float(text) for text in re.findall(r"^step \d+: (\d+\.\d+)$", done.stdout, re.MULTILINE)]
+    assert len(losses) == 60
+    assert losses[-1] < losses[0] / 2
+    assert re.findall(r"^round (\d): [0-9a-f]{16}, \d+ bytes sent$", done.stdout, re.MULTILINE) == ["0", "1"]
+
+
+def test_every_command_that_the_readme_names_exists() -> None:
+    named = set(re.findall(r"prime-async ([a-z]+)", README))
+    said = subprocess.run(
+        [sys.executable, "-m", "prime_async", "--help"], capture_output=True, text=True, check=True, timeout=LIMIT_S
+    ).stdout
+
+    assert named >= {"demo", "init", "check", "run", "data", "replay", "bench"}
+    assert [name for name in named if f" {name} " not in said] == []
+
+
+def test_the_links_of_the_readme_lead_somewhere() -> None:
+    root = Path(__file__).parent.parent
+    places = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    paths = re.findall(r"`(prime_async/[a-z/]+)`", README)
+
+    assert places
+    assert [place for place in [*places, *paths] if not (root / place).exists()] == []
