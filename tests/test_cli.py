@@ -45,6 +45,9 @@ def run(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.Com
     return done
 
 
+PIPED: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+
+
 def lines_of(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
     assert process.stdout is not None
     for line in process.stdout:
@@ -56,6 +59,11 @@ def wait_for(lines: Iterator[dict[str, Any]], kind: str) -> dict[str, Any]:
         if item["type"] == kind:
             return item
     raise AssertionError(f"the node ended without {kind}")
+
+
+def wait_for_active(lines: Iterator[dict[str, Any]], count: int) -> None:
+    while wait_for(lines, "view_adopted")["active"] != count:
+        pass
 
 
 def processes_about(path: Path) -> list[str]:
@@ -141,6 +149,33 @@ def test_the_line_that_init_prints_makes_a_node_of_the_same_run(tmp_path: Path) 
     assert run_id(ours.run) == run_id(theirs.run)
     assert theirs.run.name == "ours"
     assert len(theirs.node.join) == 1
+
+
+def test_a_node_that_is_killed_or_stopped_holds_up_the_other_for_the_failure_timeout_alone(tmp_path: Path) -> None:
+    """Given two node processes, when one is stopped it is removed, and comes back by itself; killed, removed."""
+    timeout = ("--set=run.failure_timeout_s=2.5", "--set=run.heartbeat_s=0.25")
+    run("init", tmp_path / "first", *SMALL, *timeout)
+    with subprocess.Popen(command("run", tmp_path / "first" / "node.toml", "--events"), **PIPED) as first:
+        lines = lines_of(first)
+        contact = wait_for(lines, "started")["contact"]
+        said = run("init", tmp_path / "second", "--join", contact, *SMALL, *timeout).stdout
+        key = re.search(r"^  ([0-9a-f]{64})$", said, re.MULTILINE)
+        assert key is not None
+        (tmp_path / "first" / "allowed-keys.txt").write_text(key[1])
+        with subprocess.Popen(command("run", tmp_path / "second" / "node.toml"), stderr=subprocess.DEVNULL) as second:
+            wait_for_active(lines, 2)
+            second.send_signal(signal.SIGSTOP)
+            lost = wait_for(lines, "member_lost")
+            assert 2.5 < lost["silent_s"] < 5.0
+            wait_for(lines, "round_finished")
+            second.send_signal(signal.SIGCONT)
+            wait_for_active(lines, 2)
+            second.kill()
+            wait_for(lines, "member_lost")
+            wait_for(lines, "round_finished")
+        first.send_signal(signal.SIGINT)
+        list(lines)
+        assert first.wait(LIMIT_S) == 0
 
 
 def test_init_overwrites_nothing(tmp_path: Path) -> None:
