@@ -166,7 +166,7 @@ def test_a_node_that_is_killed_or_stopped_holds_up_the_other_for_the_failure_tim
             wait_for_active(lines, 2)
             second.send_signal(signal.SIGSTOP)
             lost = wait_for(lines, "member_lost")
-            assert 2.5 < lost["silent_s"] < 5.0
+            assert 2.5 <= lost["silent_s"] < 5.0  # a fact has milliseconds: 2.5003 is 2.5 there
             wait_for(lines, "round_finished")
             second.send_signal(signal.SIGCONT)
             wait_for_active(lines, 2)

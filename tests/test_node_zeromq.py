@@ -195,7 +195,7 @@ async def test_garbage_on_both_sockets_is_dropped_and_counted_and_training_goes_
             vandalise_raw(addresses, chance)
             with vandal_sockets(tmp_path, node.id, addresses) as sockets:
                 for s in sockets:
-                    s.send_multipart([chance.randbytes(chance.randint(0, 300)) for _ in range(chance.randint(1, 4))])
+                    s.send_multipart([chance.randbytes(chance.randint(1, 300)) for _ in range(chance.randint(1, 4))])
                 dropped = [await next_fact(node, PeerDropped) for _ in sockets]
             assert {d.plane for d in dropped} == {"control", "bulk"}
             assert {d.peer for d in dropped} == {key_of(tmp_path, "vandal")}
@@ -257,5 +257,5 @@ async def test_a_node_that_dies_without_a_word_holds_up_the_others_for_the_failu
                     await trio.sleep_forever()
             lost = await next_fact(node, MemberLost)
             assert lost.name == "third"
-            assert 1.0 < lost.silent_s < 3.0
+            assert 1.0 <= lost.silent_s < 3.0  # a fact has milliseconds: 1.0003 is 1.0 there
             await rounds_of(other, 2)
