@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from blake3 import blake3
 
 from prime_async.messages import ChunkInfo
 from prime_async.work.buffers import BufferPool
+from prime_async.work.device import usable_cores
 from prime_async.work.workload import Workload
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class Tensors:
 
     def __init__(self, workload: Workload, workers: int | None = None) -> None:
         self.workload = workload
-        self.workers = workers or max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0))))
+        self.workers = workers or min(MAX_WORKERS, usable_cores())
         self.state_lock = trio.StrictFIFOLock()  # held while the outer state is replaced or saved
         self._limiter = trio.CapacityLimiter(self.workers)
         chunks = range(workload.chunk_count)

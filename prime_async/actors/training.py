@@ -119,7 +119,7 @@ class TrainingActor:
         self._report(fact)
 
     async def _encode(self, round: int) -> None:
-        """Chunks are served as soon as each is encoded; a plan that asks for them comes when all are."""
+        """Nothing is served before all is encoded: of a contribution that is not finite, no chunk gets out."""
         chunks: dict[int, Chunk] = {}
 
         def encode(chunk: int) -> None:

@@ -188,7 +188,7 @@ class RunSpec(Settings):
         Literal["blocking"], Field(description="blocking: exchange, then train on (INTELLECT-1, arXiv 2412.01152)")
     ] = "blocking"
     min_members: Annotated[
-        Positive, Field(le=MAX_MEMBERS, description="a round is not planned with fewer active members")
+        Positive, Field(le=MAX_MEMBERS, description="with fewer active members nobody trains, and no round is planned")
     ] = 1
     heartbeat_s: Annotated[Seconds, Field(description="seconds between two heartbeats")] = 1.0
     failure_timeout_s: Annotated[

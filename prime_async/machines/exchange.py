@@ -14,8 +14,7 @@ The rules:
   is left out of the chunks that are still open. Each mean's header says who is in it.
 * An owner that cannot be reached for a moment is asked again: a member that does not have the mean either would let us
   wait for it. A mean that its owner does not give is asked of the others in turn, and once it is committed, of the
-  leader first. If the leader says that it is gone, the run has
-  moved on, and this node fetches the outer state.
+  leader first. If the leader says that it is gone, the run has moved on, and this node fetches the outer state.
 * A plan with a higher (epoch, attempt) replaces the one before it: all fetches are abandoned and begin again.
 * Means are served under the plan's numbers, and say by their positions in the plan's view who is in them. So who has a
   contribution and hears of a commit without its plan waits for the plan, which the leader repeats with the commit:

@@ -44,7 +44,7 @@ class ChunkCodec:
     """A codec over the chunks of one vector: memoryviews in, memoryviews out, scratch from a pool.
 
     Called from several worker threads at once, for different chunks. Its operations are not divided among torch
-    threads: the cores are better used by several chunks side by side (DESIGN, trap 13).
+    threads: the cores are better used by several chunks side by side.
     """
 
     def __init__(self, codec: Codec, chunks: Chunks, allocate: Callable[[int], Tensor] = torch.empty) -> None:

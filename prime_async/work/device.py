@@ -112,8 +112,7 @@ def usable_cores() -> int:
 def set_threads(n: int) -> int:
     """Let torch use ``n`` threads in this process; 0: :func:`usable_cores`. Returns how many it is.
 
-    More threads than cores are worse than few: two processes with two threads each on two cores were four times
-    slower than with one each.
+    More threads than cores are worse than few: nodes that share a machine should share its cores among them.
     """
     threads = n or usable_cores()
     torch.set_num_threads(threads)

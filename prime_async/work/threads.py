@@ -8,7 +8,7 @@ for worker threads only as long as no other thread sets one, and a worker that s
 back. It costs 0.2 us.
 
 Each Python thread that runs a divided operation has an OpenMP team of its own: two threads that both divide among
-two cores are slower than two that do not (DESIGN, trap 7). So codec work runs undivided, several chunks side by side.
+two cores are slower than two that do not. So codec work runs undivided, several chunks side by side.
 """
 
 from __future__ import annotations
