@@ -82,9 +82,5 @@ class AddressInUseError(EnvironmentFault):
     """The address to listen on belongs to another process, or is not one of this machine."""
 
 
-class LeaderLostError(EnvironmentFault):
-    """The leader of the run is silent. This node's outer state is kept on disk."""
-
-
 class StorageError(EnvironmentFault):
     """A file could not be written or read back whole."""

@@ -44,8 +44,10 @@ Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 class Member(Struct, frozen=True, kw_only=True):
     """One node as a view lists it. ``incarnation`` differs between two starts of the same node.
 
-    ``active`` members take part in a round and are waited for; the others still fetch the state.
-    ``weight`` is the share of the chunks that the member reduces, relative to the other members' weights.
+    ``active`` members take part in a round; the others still fetch the state. ``voter``: it has completed a round, and
+    views and commits need a majority of those. ``reachable``: others can dial it, so it may own chunks, and lead.
+    ``witness``: it votes and serves, and does not train. ``weight`` is the share of the chunks that the member
+    reduces, relative to the other members' weights.
     """
 
     id: NodeId
@@ -55,15 +57,41 @@ class Member(Struct, frozen=True, kw_only=True):
     bulk: Address
     weight: Count = 1
     active: bool = False
+    voter: bool = False
+    reachable: bool = False
+    witness: bool = False
+
+
+class Commit(Struct, frozen=True, kw_only=True):
+    """The means of this attempt are those of ``round``.
+
+    ``digest`` is over the digests of the means, in chunk order; ``chain`` = BLAKE3(previous chain, digest). ``view``:
+    the number of the view over which the bitmaps in the means' headers are.
+    """
+
+    round: Count
+    epoch: Count
+    attempt: Count
+    digest: Digest
+    chain: Digest
+    view: Count
 
 
 class View(Struct, frozen=True, kw_only=True):
-    """A numbered list of members, the longest-standing first. A higher (epoch, number) replaces a lower one."""
+    """What the members agree on: who they are, the longest-standing first, and the newest commit.
 
+    ``number`` grows by one with each change; a majority of the voters of the view before has stored it. ``previous``
+    is the BLAKE3 of the encoding of that view (zeros before the first). ``epoch`` and ``leader``: of the leader that
+    made it. ``lineage`` stays the same from the run's founding until ``prime-async recover`` starts another.
+    """
+
+    lineage: Digest
     epoch: Count
     number: Count
+    previous: Digest
     leader: NodeId
-    members: Annotated[tuple[Member, ...], Meta(max_length=65536)]  # and MAX_CONTROL_BYTES: about 5,000 in one message
+    members: Annotated[tuple[Member, ...], Meta(max_length=65536)]  # and MAX_CONTROL_BYTES: about 4,500 in one message
+    commit: Commit | None = None
 
     def member(self, node: str) -> Member | None:
         return next((m for m in self.members if m.id == node), None)
@@ -72,22 +100,59 @@ class View(Struct, frozen=True, kw_only=True):
     def active(self) -> tuple[Member, ...]:
         return tuple(m for m in self.members if m.active)
 
+    @property
+    def trainers(self) -> tuple[Member, ...]:
+        """The active members whose contributions a round waits for."""
+        return tuple(m for m in self.members if m.active and not m.witness)
+
+    @property
+    def voters(self) -> tuple[Member, ...]:
+        return tuple(m for m in self.members if m.voter)
+
+
+class Change(Struct, frozen=True, kw_only=True):
+    """How a view differs from the one before it.
+
+    ``gone``: positions in the list of members before. ``members`` take the place of the one with their id that is
+    left, or come last.
+    """
+
+    epoch: Count
+    leader: NodeId
+    gone: Bitmap = b""
+    members: Annotated[tuple[Member, ...], Meta(max_length=65536)] = ()
+    commit: Commit | None = None
+
+
+# --- membership -----------------------------------------------------------------------------------------------------
+
 
 class Hello(Struct, frozen=True, kw_only=True, tag_field="t", tag="hello"):
-    """A node asks to become a member. ``settings`` is the run spec, flat, so that a refusal can say what differs."""
+    """A node asks to become a member, or where its leader is.
+
+    ``settings`` is the run spec, flat, so that a refusal can say what differs. ``lineage``: what it belonged to, empty
+    if nothing. ``view``: the number of the view in which it is a member, 0 if in none.
+    """
 
     protocol: Count
     run_id: Digest
     settings: Annotated[dict[Name, Text], Meta(max_length=256)]
     member: Member
+    lineage: Annotated[bytes, Meta(max_length=DIGEST_BYTES)] = b""
+    view: Count = 0
 
 
 class Welcome(Struct, frozen=True, kw_only=True, tag_field="t", tag="welcome"):
-    """The leader's answer: the node is in ``view``; the outer state after ``round`` rounds has ``state_digest``."""
+    """The leader of ``epoch`` answers: the node is in ``view``, which is decided.
 
+    The outer state after ``round`` rounds has ``state_digest``, and ``provider`` holds it.
+    """
+
+    epoch: Count
     view: View
     round: Count
     state_digest: Digest
+    provider: NodeId
 
 
 class Redirect(Struct, frozen=True, kw_only=True, tag_field="t", tag="redirect"):
@@ -98,7 +163,7 @@ class Redirect(Struct, frozen=True, kw_only=True, tag_field="t", tag="redirect")
 
 
 RefusalReason: TypeAlias = Literal[
-    "other_protocol", "other_run", "key_not_allowed", "not_a_member", "diverged", "leader_left"
+    "other_protocol", "other_run", "other_lineage", "key_not_allowed", "not_a_member", "diverged"
 ]
 
 
@@ -111,7 +176,10 @@ class Refuse(Struct, frozen=True, kw_only=True, tag_field="t", tag="refuse"):
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag_field="t", tag="heartbeat"):
-    """A member to the leader: alive, at this view, with the outer state after ``round`` rounds."""
+    """A member to the leader: alive, with the outer state after ``round`` rounds.
+
+    ``view``: the newest that it has stored, in ``epoch``: as good as an ``Accepted``.
+    """
 
     incarnation: Count
     epoch: Count
@@ -122,40 +190,130 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag_field="t", tag="heartbeat
 
 
 class HeartbeatAck(Struct, frozen=True, kw_only=True, tag_field="t", tag="heartbeat_ack"):
-    """The leader's answer to a heartbeat: alive, and the number of the newest view."""
+    """The leader of ``epoch`` to a heartbeat, and to all members when a view is decided: alive, ``view`` is decided."""
 
     epoch: Count
     view: Count
 
 
-class ViewUpdate(Struct, frozen=True, kw_only=True, tag_field="t", tag="view"):
-    """The leader announces a view, or repeats it to a member whose heartbeat shows an older one."""
+class Propose(Struct, frozen=True, kw_only=True, tag_field="t", tag="propose"):
+    """The leader of ``epoch`` asks the members to store view ``number``; all views before it are decided.
 
+    It is the one before with ``change``, or, without one, what the member stored under an earlier epoch. ``digest`` is
+    the BLAKE3 of its encoding: who gets another result asks for the whole (``AskView``).
+    """
+
+    epoch: Count
+    number: Count
+    digest: Digest
+    change: Change | None = None
+
+
+class Accepted(Struct, frozen=True, kw_only=True, tag_field="t", tag="accepted"):
+    """A member to the leader: view ``number`` is on disk here, under ``epoch``. ``incarnations``: as in ``Promise``."""
+
+    epoch: Count
+    number: Count
+    incarnations: Annotated[tuple[Count, ...], Meta(max_length=256)]
+
+
+class AskView(Struct, frozen=True, kw_only=True, tag_field="t", tag="ask_view"):
+    """Send me view ``number`` whole, if you have it."""
+
+    number: Count
+
+
+class ViewUpdate(Struct, frozen=True, kw_only=True, tag_field="t", tag="view"):
+    """A whole view. ``epoch``: of the leader that proposes it, or under which it was decided."""
+
+    epoch: Count
+    decided: bool
     view: View
 
 
+class PreVote(Struct, frozen=True, kw_only=True, tag_field="t", tag="pre_vote"):
+    """A member that hears no leader asks whether a ``Prepare`` with ``epoch`` would be promised; it binds nobody."""
+
+    epoch: Count
+    view: Count
+
+
+class Support(Struct, frozen=True, kw_only=True, tag_field="t", tag="support"):
+    """The answer to a ``PreVote``: yes. ``incarnations``: as in ``Promise``."""
+
+    epoch: Count
+    incarnations: Annotated[tuple[Count, ...], Meta(max_length=256)]
+
+
+class Prepare(Struct, frozen=True, kw_only=True, tag_field="t", tag="prepare"):
+    """A candidate asks for promises. It has stored view ``number`` itself, under ``accepted_epoch``."""
+
+    epoch: Count
+    number: Count
+    accepted_epoch: Count
+
+
+class Promise(Struct, frozen=True, kw_only=True, tag_field="t", tag="promise"):
+    """A member will take part in no epoch below ``epoch``, and this is what it has stored; the promise is on disk.
+
+    ``decided`` is the number of the newest view that it knows to be decided. ``view``: what it has stored, number
+    ``number`` under ``accepted_epoch``, if the candidate has not; then ``before`` is the one before that. Views that
+    list this node with one of ``incarnations`` count it as a voter.
+    """
+
+    epoch: Count
+    decided: Count
+    number: Count
+    accepted_epoch: Count
+    member: Member
+    incarnations: Annotated[tuple[Count, ...], Meta(max_length=256)]
+    view: View | None = None
+    before: View | None = None
+
+
+class Outvoted(Struct, frozen=True, kw_only=True, tag_field="t", tag="outvoted"):
+    """To one who asks for something in a lower epoch: this node has promised ``epoch``."""
+
+    epoch: Count
+
+
 class Goodbye(Struct, frozen=True, kw_only=True, tag_field="t", tag="goodbye"):
-    """A node leaves on purpose. From the leader it means that the run ends here."""
+    """A node leaves on purpose. From the leader: it has left, another is to be elected at once."""
 
     incarnation: Count
     text: Text = ""
 
 
+# --- rounds ---------------------------------------------------------------------------------------------------------
+
+
 class Ready(Struct, frozen=True, kw_only=True, tag_field="t", tag="ready"):
     """A member's contribution to ``round`` is fixed and can be fetched; ``weight`` is its tokens.
 
-    With weight 0: the member contributes nothing, and asks for the plan or the commit of the round it is at.
+    With weight 0: the member contributes nothing, and asks for the plan of the round it is at.
     """
 
     round: Count
     weight: Tokens
+    incarnation: Count
+
+
+class Turn(Struct, frozen=True, kw_only=True):
+    """From (epoch, attempt) on, other members reduce the chunks of ``lost``, positions in the plan's view.
+
+    The first turn of a plan is its making, without anybody lost.
+    """
+
+    epoch: Count
+    attempt: Count
+    lost: Bitmap = b""
 
 
 class Plan(Struct, frozen=True, kw_only=True, tag_field="t", tag="plan"):
-    """The leader opens a round, or opens it again under a higher (epoch, attempt).
+    """The leader opens a round, or changes how an open one is done, under a higher (epoch, attempt).
 
     ``contributors`` is a bitmap over view number ``view``; ``weights`` has one entry for each bit set, in order.
-    Who owns which chunk is a function of that view, so it is not sent.
+    Who owns which chunk, and under which number, is a function of that view and ``turns``, so it is not sent.
     """
 
     round: Count
@@ -164,25 +322,65 @@ class Plan(Struct, frozen=True, kw_only=True, tag_field="t", tag="plan"):
     view: Count
     contributors: Bitmap
     weights: Annotated[tuple[Tokens, ...], Meta(max_length=65536)]
+    turns: Annotated[tuple[Turn, ...], Meta(min_length=1, max_length=4096)]
+
+
+class Open(Struct, frozen=True, kw_only=True, tag_field="t", tag="open"):
+    """A voter to a new leader: the round it is at, and the newest plan that it knows of it."""
+
+    epoch: Count
+    round: Count
+    incarnation: Count
+    plan: Plan | None = None
+
+
+class Ask(Struct, frozen=True, kw_only=True, tag_field="t", tag="ask"):
+    """The new owner of ``chunks`` to every member, before it reduces them again: do you hold a mean of them?"""
+
+    round: Count
+    epoch: Count
+    attempt: Count
+    chunks: Annotated[tuple[Count, ...], Meta(max_length=65536)]
+
+
+class HeldMean(Struct, frozen=True, kw_only=True):
+    """A mean of ``chunk`` that was made under (epoch, attempt)."""
+
+    chunk: Count
+    epoch: Count
+    attempt: Count
+
+
+class Held(Struct, frozen=True, kw_only=True, tag_field="t", tag="held"):
+    """The answer to ``Ask``: these, and from now on none of a lower number."""
+
+    round: Count
+    epoch: Count
+    attempt: Count
+    means: Annotated[tuple[HeldMean, ...], Meta(max_length=65536)] = ()
+
+
+class Rate(Struct, frozen=True, kw_only=True):
+    """Chunks came from the member at ``position`` of the plan's view at so many bytes per second."""
+
+    position: Count
+    bytes_per_s: Count
 
 
 class Have(Struct, frozen=True, kw_only=True, tag_field="t", tag="have"):
-    """A member holds every mean of this attempt; ``digest`` is over the digests of all of them, in chunk order."""
+    """A member holds every mean of this attempt; ``digest`` is over the digests of all of them, in chunk order.
+
+    ``received_per_s``: bytes, what it took in while it fetched contributions, 0 if it fetched none; ``rates``: from
+    some of those that it fetched from.
+    """
 
     round: Count
     epoch: Count
     attempt: Count
     digest: Digest
-
-
-class Commit(Struct, frozen=True, kw_only=True, tag_field="t", tag="commit"):
-    """The means of this attempt are the round's. ``chain`` = BLAKE3(previous chain, digest)."""
-
-    round: Count
-    epoch: Count
-    attempt: Count
-    digest: Digest
-    chain: Digest
+    incarnation: Count
+    received_per_s: Count = 0
+    rates: Annotated[tuple[Rate, ...], Meta(max_length=64)] = ()
 
 
 class Behind(Struct, frozen=True, kw_only=True, tag_field="t", tag="behind"):
@@ -192,10 +390,14 @@ class Behind(Struct, frozen=True, kw_only=True, tag_field="t", tag="behind"):
 
 
 Message: TypeAlias = (
-    Hello | Welcome | Redirect | Refuse | Heartbeat | HeartbeatAck | ViewUpdate | Goodbye
-    | Ready | Plan | Have | Commit | Behind
+    Hello | Welcome | Redirect | Refuse | Heartbeat | HeartbeatAck | Propose | Accepted | AskView | ViewUpdate
+    | PreVote | Support | Prepare | Promise | Outvoted | Goodbye
+    | Ready | Plan | Open | Ask | Held | Have | Behind
 )  # fmt: skip
 """Every message of the control plane."""
+
+RoundMessage: TypeAlias = Ready | Plan | Open | Ask | Held | Have | Behind
+"""Those that concern the exchange of a round."""
 
 
 ChunkKind: TypeAlias = Literal["contribution", "mean", "state"]

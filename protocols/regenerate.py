@@ -23,19 +23,23 @@ from blake3 import blake3
 
 from prime_async.config.schema import OuterSettings
 from prime_async.errors import NonFiniteError
+from prime_async.ledger import StoredBallot
 from prime_async.log import LOG_VERSION, LogHeader, LogRecord, MachineSettings, effects_digest
+from prime_async.machines.ballot import Ballot, apply_change, is_quorum, view_digest
 from prime_async.machines.checkpoint import CheckpointSettings
 from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
 from prime_async.machines.exchange import ExchangeSettings
 from prime_async.machines.leadership import ContactPoint, MembershipSettings
-from prime_async.machines.owners import chunk_owners
+from prime_async.machines.owners import assign
 from prime_async.machines.training import TrainingSettings
 from prime_async.machines.vocabulary import (
     ActorName,
     Applied,
     AskAgain,
+    BallotStored,
     Begin,
     ChunkImported,
+    CommitReady,
     ContributionFixed,
     DoorClosed,
     Encoded,
@@ -52,6 +56,7 @@ from prime_async.machines.vocabulary import (
     MeansCommitted,
     Offended,
     Progress,
+    Reached,
     Reduced,
     Restored,
     RunAt,
@@ -61,9 +66,14 @@ from prime_async.machines.vocabulary import (
     Tick,
     ViewChanged,
     WakeAt,
+    Weighed,
 )
 from prime_async.messages import (
+    Accepted,
+    Ask,
+    AskView,
     Behind,
+    Change,
     ChunkInfo,
     ChunkKey,
     Commit,
@@ -73,19 +83,32 @@ from prime_async.messages import (
     Have,
     Heartbeat,
     HeartbeatAck,
+    Held,
+    HeldMean,
     Hello,
     Member,
     Missing,
+    Open,
+    Outvoted,
     Plan,
+    Prepare,
+    PreVote,
+    Promise,
+    Propose,
+    Rate,
     Ready,
     Redirect,
     Refuse,
+    RoundMessage,
+    Support,
+    Turn,
     View,
     ViewUpdate,
     Welcome,
     Withdraw,
     bitmap,
     encode,
+    positions,
 )
 from prime_async.work.codec import CodecName, as_bytes, as_tensor, make_codec
 from prime_async.work.outer import OuterState
@@ -109,10 +132,58 @@ BERT = Member(
     bulk="tcp://[2001:db8::2]:7701",
     weight=3,
     active=True,
+    voter=True,
+    reachable=True,
+)
+CARL = Member(
+    id=C,
+    name="carl",
+    incarnation=1700000000456,
+    control="tcp://c.example:7700",
+    bulk="tcp://c.example:7701",
+    active=True,
+    voter=True,
+    witness=True,
 )
 BARE = Member(id="n", name="", incarnation=0, control="", bulk="", weight=0)
-FULL = Member(id="f" * 64, name="ä" * 64, incarnation=MOST, control="c" * 256, bulk="b" * 256, weight=MOST, active=True)
-VIEW = View(epoch=1, number=2, leader=B, members=(BERT, ANNA))
+FULL = Member(
+    id="f" * 64,
+    name="ä" * 64,
+    incarnation=MOST,
+    control="c" * 256,
+    bulk="b" * 256,
+    weight=MOST,
+    active=True,
+    voter=True,
+    reachable=True,
+    witness=True,
+)
+LINEAGE = blake3(b"the founding").digest()
+COMMIT = Commit(round=11, epoch=1, attempt=0, digest=D1, chain=next_chain(FIRST_CHAIN, D1), view=1)
+FULL_COMMIT = Commit(round=MOST, epoch=MOST, attempt=MOST, digest=D2, chain=D2, view=MOST)
+FOUNDED = View(lineage=LINEAGE, epoch=1, number=1, previous=bytes(32), leader=B, members=(BERT,))
+JOINING = Change(epoch=1, leader=B, members=(ANNA,), commit=COMMIT)
+VIEW = apply_change(FOUNDED, JOINING)
+EMPTY_VIEW = View(lineage=D0, epoch=0, number=0, previous=D0, leader="n", members=())
+FULL_VIEW = View(
+    lineage=D2,
+    epoch=MOST,
+    number=MOST,
+    previous=D2,
+    leader=A,
+    members=(FULL, BARE, ANNA, CARL),
+    commit=FULL_COMMIT,
+)
+FIRST = (Turn(epoch=1, attempt=0),)
+PLAN = Plan(round=12, epoch=1, attempt=0, view=2, contributors=bitmap([0, 1]), weights=(65536, 32768), turns=FIRST)
+BALLOT = Ballot(
+    incarnations=(1699999999999, 1700000000000),
+    promised=2,
+    promised_to=B,
+    accepted=1,
+    view=VIEW,
+    before=FOUNDED,
+)
 SETTINGS = {"run.rounds": "0", "run.model.name": '"tiny"', "run.inner.learning_rate": "0.001", "run.a_longer_key": "[]"}
 LOSS_NAN = float("nan")
 
@@ -122,12 +193,20 @@ def control_cases() -> list[tuple[str, Any]]:
     return [
         ("hello", Hello(protocol=1, run_id=D1, settings=SETTINGS, member=ANNA)),
         ("hello_least", Hello(protocol=0, run_id=D0, settings={}, member=BARE)),
-        ("hello_most", Hello(protocol=MOST, run_id=D2, settings={"k" * 64: "v" * 300, "": ""}, member=FULL)),
-        ("welcome", Welcome(view=VIEW, round=12, state_digest=D1)),
         (
-            "welcome_least",
-            Welcome(view=View(epoch=0, number=0, leader="n", members=()), round=0, state_digest=D0),
+            "hello_most",
+            Hello(
+                protocol=MOST,
+                run_id=D2,
+                settings={"k" * 64: "v" * 300, "": ""},
+                member=FULL,
+                lineage=D2,
+                view=MOST,
+            ),
         ),
+        ("hello_again", Hello(protocol=1, run_id=D1, settings=SETTINGS, member=ANNA, lineage=LINEAGE, view=2)),
+        ("welcome", Welcome(epoch=1, view=VIEW, round=12, state_digest=D1, provider=B)),
+        ("welcome_least", Welcome(epoch=0, view=EMPTY_VIEW, round=0, state_digest=D0, provider="n")),
         ("redirect", Redirect(leader=B, control=BERT.control)),
         ("redirect_least", Redirect(leader="n", control="")),
         ("refuse_other_protocol", Refuse(reason="other_protocol", text="this run speaks protocol 1")),
@@ -139,10 +218,10 @@ def control_cases() -> list[tuple[str, Any]]:
                 differences=("run.rounds: 0 in the run, 5 at the node that asks", ""),
             ),
         ),
+        ("refuse_other_lineage", Refuse(reason="other_lineage", text="one side was carried on without the other")),
         ("refuse_key_not_allowed", Refuse(reason="key_not_allowed", text="")),
         ("refuse_not_a_member", Refuse(reason="not_a_member", text="say hello")),
         ("refuse_diverged", Refuse(reason="diverged", text="fetch it")),
-        ("refuse_leader_left", Refuse(reason="leader_left", text="the run is ending")),
         (
             "heartbeat",
             Heartbeat(incarnation=1700000000000, epoch=1, view=2, round=12, state_digest=D1, inner_steps=1234),
@@ -157,21 +236,76 @@ def control_cases() -> list[tuple[str, Any]]:
         ("heartbeat_ack_more_sizes", HeartbeatAck(epoch=255, view=256)),
         ("heartbeat_ack_still_more_sizes", HeartbeatAck(epoch=65535, view=65536)),
         ("heartbeat_ack_largest_sizes", HeartbeatAck(epoch=2**32 - 1, view=2**32)),
-        ("view", ViewUpdate(view=VIEW)),
-        ("view_of_one", ViewUpdate(view=View(epoch=1, number=1, leader=B, members=(BERT,)))),
+        ("propose", Propose(epoch=1, number=2, digest=view_digest(VIEW), change=JOINING)),
+        ("propose_again", Propose(epoch=2, number=2, digest=view_digest(VIEW))),
         (
-            "view_of_three",
-            ViewUpdate(view=View(epoch=MOST, number=MOST, leader=A, members=(FULL, BARE, ANNA))),
+            "propose_most",
+            Propose(
+                epoch=MOST,
+                number=MOST,
+                digest=D2,
+                change=Change(epoch=MOST, leader="f" * 64, gone=b"\xff" * 64, members=(FULL, BARE), commit=FULL_COMMIT),
+            ),
         ),
+        ("propose_nothing_but_an_epoch", Propose(epoch=3, number=3, digest=D1, change=Change(epoch=3, leader=C))),
+        ("accepted", Accepted(epoch=1, number=2, incarnations=(1699999999999, 1700000000000))),
+        ("accepted_most", Accepted(epoch=MOST, number=MOST, incarnations=(MOST,) * 3)),
+        ("ask_view", AskView(number=2)),
+        ("ask_view_most", AskView(number=MOST)),
+        ("view", ViewUpdate(epoch=1, decided=True, view=VIEW)),
+        ("view_of_one", ViewUpdate(epoch=1, decided=True, view=FOUNDED)),
+        ("view_proposed", ViewUpdate(epoch=2, decided=False, view=VIEW)),
+        ("view_of_four", ViewUpdate(epoch=MOST, decided=True, view=FULL_VIEW)),
+        ("pre_vote", PreVote(epoch=2, view=2)),
+        ("pre_vote_most", PreVote(epoch=MOST, view=MOST)),
+        ("support", Support(epoch=2, incarnations=(1700000000123,))),
+        ("support_least", Support(epoch=0, incarnations=())),
+        ("prepare", Prepare(epoch=2, number=2, accepted_epoch=1)),
+        ("prepare_most", Prepare(epoch=MOST, number=MOST, accepted_epoch=MOST)),
+        (
+            "promise",
+            Promise(
+                epoch=2,
+                decided=1,
+                number=2,
+                accepted_epoch=1,
+                member=ANNA,
+                incarnations=(1699999999999, 1700000000000),
+                view=VIEW,
+                before=FOUNDED,
+            ),
+        ),
+        (
+            "promise_of_a_decided_view",
+            Promise(
+                epoch=2, decided=2, number=2, accepted_epoch=1, member=BERT, incarnations=(1700000000123,), view=VIEW
+            ),
+        ),
+        (
+            "promise_of_nothing_newer",
+            Promise(epoch=2, decided=2, number=2, accepted_epoch=1, member=BERT, incarnations=(1700000000123,)),
+        ),
+        (
+            "promise_most",
+            Promise(
+                epoch=MOST,
+                decided=MOST,
+                number=MOST,
+                accepted_epoch=MOST,
+                member=FULL,
+                incarnations=(MOST, 0),
+                view=FULL_VIEW,
+                before=EMPTY_VIEW,
+            ),
+        ),
+        ("outvoted", Outvoted(epoch=3)),
+        ("outvoted_most", Outvoted(epoch=MOST)),
         ("goodbye", Goodbye(incarnation=1700000000000)),
-        ("goodbye_of_the_leader", Goodbye(incarnation=7, text="the leader has left: the run ends here")),
-        ("ready", Ready(round=12, weight=65536)),
-        ("ready_asking", Ready(round=0, weight=0)),
-        ("ready_most", Ready(round=MOST, weight=MOST_TOKENS)),
-        (
-            "plan",
-            Plan(round=12, epoch=1, attempt=0, view=2, contributors=bitmap([0, 1]), weights=(65536, 32768)),
-        ),
+        ("goodbye_of_the_leader", Goodbye(incarnation=7, text="the leader has left")),
+        ("ready", Ready(round=12, weight=65536, incarnation=1700000000000)),
+        ("ready_asking", Ready(round=0, weight=0, incarnation=0)),
+        ("ready_most", Ready(round=MOST, weight=MOST_TOKENS, incarnation=MOST)),
+        ("plan", PLAN),
         (
             "plan_of_many",
             Plan(
@@ -181,13 +315,82 @@ def control_cases() -> list[tuple[str, Any]]:
                 view=9,
                 contributors=bitmap([0, 7, 8, 17]),
                 weights=(1, 24, 256, MOST_TOKENS),
+                turns=(*FIRST, Turn(epoch=1, attempt=1, lost=bitmap([3])), Turn(epoch=1, attempt=3, lost=bitmap([9]))),
             ),
         ),
-        ("plan_of_none", Plan(round=0, epoch=0, attempt=0, view=0, contributors=b"", weights=())),
-        ("have", Have(round=12, epoch=1, attempt=0, digest=D1)),
-        ("have_most", Have(round=MOST, epoch=MOST, attempt=MOST, digest=D2)),
-        ("commit", Commit(round=0, epoch=1, attempt=0, digest=D1, chain=next_chain(FIRST_CHAIN, D1))),
-        ("commit_most", Commit(round=MOST, epoch=MOST, attempt=MOST, digest=D2, chain=D2)),
+        (
+            "plan_taken_over",
+            Plan(
+                round=12,
+                epoch=2,
+                attempt=4,
+                view=2,
+                contributors=bitmap([0, 1]),
+                weights=(65536, 32768),
+                turns=(*FIRST, Turn(epoch=2, attempt=0, lost=bitmap([0]))),
+            ),
+        ),
+        (
+            "plan_of_none",
+            Plan(
+                round=0,
+                epoch=0,
+                attempt=0,
+                view=0,
+                contributors=b"",
+                weights=(),
+                turns=(Turn(epoch=MOST, attempt=MOST, lost=b"\xff" * 64),),
+            ),
+        ),
+        ("open", Open(epoch=2, round=12, incarnation=1700000000000, plan=PLAN)),
+        ("open_without_a_plan", Open(epoch=2, round=0, incarnation=0)),
+        ("open_most", Open(epoch=MOST, round=MOST, incarnation=MOST)),
+        ("ask", Ask(round=12, epoch=2, attempt=0, chunks=(0, 3, 1000))),
+        ("ask_for_nothing", Ask(round=MOST, epoch=MOST, attempt=MOST, chunks=())),
+        (
+            "held",
+            Held(
+                round=12,
+                epoch=2,
+                attempt=0,
+                means=(HeldMean(chunk=0, epoch=1, attempt=0), HeldMean(chunk=1000, epoch=1, attempt=3)),
+            ),
+        ),
+        ("held_nothing", Held(round=12, epoch=2, attempt=0)),
+        (
+            "held_most",
+            Held(
+                round=MOST,
+                epoch=MOST,
+                attempt=MOST,
+                means=(HeldMean(chunk=MOST, epoch=MOST, attempt=MOST),),
+            ),
+        ),
+        (
+            "have",
+            Have(
+                round=12,
+                epoch=1,
+                attempt=0,
+                digest=D1,
+                incarnation=1700000000000,
+                received_per_s=12_500_000,
+                rates=(Rate(position=0, bytes_per_s=9_000_000), Rate(position=17, bytes_per_s=0)),
+            ),
+        ),
+        ("have_without_measurements", Have(round=12, epoch=1, attempt=0, digest=D1, incarnation=1700000000000)),
+        (
+            "have_most",
+            Have(
+                round=MOST,
+                epoch=MOST,
+                attempt=MOST,
+                digest=D2,
+                incarnation=MOST,
+                received_per_s=MOST,
+                rates=(Rate(position=MOST, bytes_per_s=MOST),),
+            ),
+        ),
         ("behind", Behind(round=13)),
         ("behind_most", Behind(round=MOST)),
     ]
@@ -199,6 +402,7 @@ def bulk_cases() -> list[tuple[str, Any]]:
     return [
         ("get_contribution", Get(id=1, key=ChunkKey(kind="contribution", round=12, chunk=3), wait_ms=60000)),
         ("get_mean", Get(id=2, key=mean, wait_ms=3_600_000)),
+        ("get_settled_mean", Get(id=3, key=ChunkKey(kind="mean", round=12, chunk=3), wait_ms=7500)),
         ("get_state", Get(id=MOST, key=ChunkKey(kind="state", round=0, chunk=0), wait_ms=0)),
         ("found_contribution", Found(id=1, info=ChunkInfo(digest=D1), size=1040)),
         (
@@ -221,7 +425,9 @@ def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
     """(name, plane, message, what is changed in its map, the value that a reader gets): None removes a field."""
     beat = Heartbeat(incarnation=1, epoch=1, view=2, round=3, state_digest=D1)
     member = msgspec.to_builtins(ANNA, builtin_types=(bytes,))
-    view = {"epoch": 1, "number": 1, "leader": A, "members": [{**member, "region": "eu"}], "since": 5}
+    alone = View(lineage=LINEAGE, epoch=1, number=1, previous=bytes(32), leader=A, members=(ANNA,))
+    view = msgspec.to_builtins(alone, builtin_types=(bytes,)) | {"members": [{**member, "region": "eu"}], "since": 5}
+    view_of_old = {k: v for k, v in view.items() if k != "commit"}
     return [
         (
             "heartbeat_with_unknown_fields",
@@ -234,9 +440,23 @@ def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
         (
             "view_with_unknown_fields_inside",
             "control",
-            ViewUpdate(view=View(epoch=1, number=1, leader=A, members=(ANNA,))),
+            ViewUpdate(epoch=1, decided=True, view=alone),
             {"view": view},
-            ViewUpdate(view=View(epoch=1, number=1, leader=A, members=(ANNA,))),
+            ViewUpdate(epoch=1, decided=True, view=alone),
+        ),
+        (
+            "view_without_a_commit",
+            "control",
+            ViewUpdate(epoch=1, decided=True, view=alone),
+            {"view": view_of_old},
+            ViewUpdate(epoch=1, decided=True, view=alone),
+        ),
+        (
+            "propose_without_a_change",
+            "control",
+            Propose(epoch=2, number=2, digest=D1),
+            {"change": "LEFT OUT"},
+            Propose(epoch=2, number=2, digest=D1),
         ),
         (
             "get_without_optional_fields",
@@ -252,16 +472,16 @@ def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
 # --- rejected -------------------------------------------------------------------------------------------------------
 
 T = b"\x61t"
-READY = b"\xa3" + T + b"\x65ready" + b"\x65round\x01" + b"\x66weight\x02"
+READY = b"\xa4" + T + b"\x65ready" + b"\x65round\x01" + b"\x66weight\x02" + b"\x6bincarnation\x03"
 
 
 def ready(round: bytes = b"\x01", weight: bytes = b"\x02") -> bytes:
-    return b"\xa3" + T + b"\x65ready" + b"\x65round" + round + b"\x66weight" + weight
+    return b"\xa4" + T + b"\x65ready" + b"\x65round" + round + b"\x66weight" + weight + b"\x6bincarnation\x03"
 
 
 def ready_and(extra: bytes) -> bytes:
     """A ready with an unknown field, z, of these bytes."""
-    return b"\xa4" + T + b"\x65ready" + b"\x61z" + extra + b"\x65round\x01" + b"\x66weight\x02"
+    return b"\xa5" + T + b"\x65ready" + b"\x61z" + extra + READY.split(b"ready", 1)[1]
 
 
 def changed(message: Any, **fields: Any) -> bytes:
@@ -274,9 +494,14 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
     """(name, reason, bytes, whether CDDL has no way to say so)."""
     beat = Heartbeat(incarnation=1, epoch=1, view=2, round=3, state_digest=D1)
     hello = Hello(protocol=1, run_id=D1, settings={}, member=ANNA)
-    plan = Plan(round=1, epoch=1, attempt=0, view=1, contributors=b"\x01", weights=(5,))
+    plan = Plan(round=1, epoch=1, attempt=0, view=1, contributors=b"\x01", weights=(5,), turns=FIRST)
     member = msgspec.to_builtins(ANNA, builtin_types=(bytes,))
     refuse = Refuse(reason="diverged", text="")
+    update = ViewUpdate(epoch=1, decided=True, view=VIEW)
+    propose = Propose(epoch=1, number=2, digest=D1)
+    opened = Open(epoch=2, round=12, incarnation=1, plan=PLAN)
+    support = Support(epoch=2, incarnations=(1,))
+    have = Have(round=1, epoch=1, attempt=0, digest=D1, incarnation=1)
     return [
         # What is not one item, or cut off.
         ("trailing_byte", "a byte after the message", READY + b"\x00", True),
@@ -293,19 +518,19 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
         (
             "keys_not_sorted",
             "weight comes before round",
-            b"\xa3" + T + b"\x65ready" + b"\x66weight\x02" + b"\x65round\x01",
+            b"\xa4" + T + b"\x65ready" + b"\x66weight\x02" + b"\x65round\x01" + b"\x6bincarnation\x03",
             True,
         ),
         (
             "tag_not_first",
             "t is the shortest key and must come first",
-            b"\xa3\x65round\x01" + T + b"\x65ready" + b"\x66weight\x02",
+            b"\xa4\x65round\x01" + T + b"\x65ready" + b"\x66weight\x02" + b"\x6bincarnation\x03",
             True,
         ),
         (
             "duplicate_key",
             "round comes twice",
-            b"\xa4" + T + b"\x65ready" + b"\x65round\x01\x65round\x01" + b"\x66weight\x02",
+            READY.replace(b"\xa4", b"\xa5").replace(b"\x65round\x01", b"\x65round\x01" * 2),
             True,
         ),
         ("map_of_indefinite_length", "indefinite lengths are not allowed", b"\xbf" + READY[1:] + b"\xff", True),
@@ -352,7 +577,7 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
         ("far_too_deep", "a hundred containers inside each other", ready_and(b"\x81" * 99 + b"\x01"), True),
         # Which message is it?
         ("empty_map", "no tag", b"\xa0", False),
-        ("no_tag", "no tag", b"\xa2\x65round\x01\x66weight\x02", False),
+        ("no_tag", "no tag", b"\xa3\x65round\x01\x66weight\x02\x6bincarnation\x03", False),
         ("unknown_tag", "no such message", changed(Behind(round=1), t="behold"), False),
         ("tag_of_a_bulk_header", "get is not of this plane", encode(Withdraw(id=1)), False),
         ("tag_is_a_number", "a tag is text", changed(Behind(round=1), t=1), False),
@@ -363,7 +588,12 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
         ("key_is_a_number", "keys are text", b"\xa3\x01\x01" + encode(Behind(round=1))[1:], False),
         ("key_is_bytes", "keys are text", b"\xa3\x41z\x01" + encode(Behind(round=1))[1:], False),
         # Types.
-        ("missing_field", "weight is missing", changed(Ready(round=1, weight=2), weight="LEFT OUT"), False),
+        (
+            "missing_field",
+            "weight is missing",
+            changed(Ready(round=1, weight=2, incarnation=3), weight="LEFT OUT"),
+            False,
+        ),
         (
             "missing_field_inside",
             "the member has no id",
@@ -381,11 +611,32 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
         ("text_for_bytes", "a digest is bytes", changed(beat, state_digest="0" * 32), False),
         ("array_for_bytes", "a digest is bytes", changed(beat, state_digest=list(range(32))), False),
         ("array_for_map", "a member is a map", changed(hello, member=[A, "anna", 1, "", "", 1, False]), False),
+        ("text_for_bool", "decided is true or false", changed(update, decided="yes"), False),
+        ("null_for_bool", "null is not false", changed(update, decided=None), False),
+        ("null_for_map", "there is no view that is not one", changed(update, view=None), False),
+        ("map_of_another_kind", "a plan is no change", changed(propose, change=msgspec.to_builtins(PLAN)), False),
+        (
+            "plan_with_another_tag",
+            "the plan in an open is one",
+            changed(opened, plan=msgspec.to_builtins(PLAN, builtin_types=(bytes,)) | {"t": "plane"}),
+            False,
+        ),
+        ("commit_is_no_message", "it stands in a view", changed(COMMIT, t="commit"), False),
         ("map_for_array", "weights are an array", changed(plan, weights={}), False),
         ("setting_is_a_number", "settings are text", changed(hello, settings={"run.rounds": 0}), False),
         ("unknown_reason", "reasons are a closed list", changed(refuse, reason="dislike"), False),
         # Bounds.
         ("negative", "counts are not negative", ready(b"\x20"), False),
+        ("no_turn", "a plan has one turn at least", changed(plan, turns=[]), False),
+        ("too_many_turns", "4097 turns", changed(plan, turns=[{"epoch": 1, "attempt": 0}] * 4097), False),
+        ("too_many_incarnations", "257 incarnations", changed(support, incarnations=[0] * 257), False),
+        (
+            "too_many_rates",
+            "65 rates",
+            changed(have, rates=[{"position": 0, "bytes_per_s": 0}] * 65),
+            False,
+        ),
+        ("long_lineage", "a lineage of 33 bytes", changed(hello, lineage=bytes(33)), False),
         ("negative_in_array", "weights are not negative", changed(plan, weights=[-1]), False),
         ("two_to_the_63", "counts are below 2^63", ready(b"\x1b\x80" + bytes(7)), False),
         ("short_digest", "a digest of 31 bytes", changed(beat, state_digest=D1[:-1]), False),
@@ -427,7 +678,7 @@ def bulk_rejects() -> list[tuple[str, str, bytes, bool]]:
 
 def long_rejects() -> list[dict[str, Any]]:
     """Those that are too long to write out: ``parts`` are [hexadecimal, how many times]."""
-    plan = Plan(round=1, epoch=1, attempt=0, view=1, contributors=b"", weights=())
+    plan = Plan(round=1, epoch=1, attempt=0, view=1, contributors=b"", weights=(), turns=FIRST)
     before, after = encode(plan).split(b"\x6ccontributors\x40")
     refuse = Refuse(reason="diverged", text="")
     before_text, after_text = encode(refuse).split(b"\x64text\x60")
@@ -481,8 +732,9 @@ def machine_settings() -> MachineSettings:
             min_members=2,
             heartbeat_s=0.5,
             failure_timeout_s=10.0,
+            ballot=BALLOT,
         ),
-        exchange=ExchangeSettings(me=A, chunk_count=3, fetch_timeout_s=60.0),
+        exchange=ExchangeSettings(me=A, chunk_count=3, straggler_timeout_s=30.0, fetch_timeout_s=60.0),
         checkpoint=CheckpointSettings(chunk_count=3),
         training=TrainingSettings(me=A, inner_steps=500, rounds=10),
     )
@@ -497,7 +749,7 @@ def log_events() -> list[tuple[ActorName, Event]]:
     of_mean = ChunkInfo(digest=D2, contributors=bitmap([0, 1]), total_weight=98304)
     heard: list[tuple[ActorName, Event]] = [
         (
-            "exchange" if isinstance(message, Ready | Plan | Have | Commit | Behind) else "membership",
+            "exchange" if isinstance(message, RoundMessage) else "membership",
             Heard(peer=B, message=message),
         )
         for name, message in control_cases()
@@ -511,12 +763,17 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("membership", Offended(peer=C, plane="bulk", reason="a message without frames", times=3, shut_out=True)),
         ("checkpoint", RunAt(round=13, digest=D2, provider=B)),
         ("exchange", ViewChanged(view=VIEW)),
+        ("membership", Reached(peer=C, reachable=True)),
+        ("membership", Reached(peer=C, reachable=False)),
+        ("membership", BallotStored(seq=1)),
+        ("membership", CommitReady(commit=COMMIT)),
+        ("membership", Weighed(weights={B: 3, A: 1})),
         ("membership", Progress(inner_steps=500)),
         ("membership", AskAgain()),
         ("checkpoint", FetchState()),
         ("training", Halt()),
         ("checkpoint", Halted()),
-        ("checkpoint", Fetched(peer=B, key=state, info=info)),
+        ("checkpoint", Fetched(peer=B, key=state, info=info, size=1040)),
         ("checkpoint", ChunkImported(key=state)),
         ("checkpoint", FetchFailed(peer=B, key=state, fault="gone")),
         ("checkpoint", Imported(round=13, digest=D2)),
@@ -530,8 +787,8 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("exchange", FetchFailed(peer=B, key=mean, fault="invalid")),
         ("exchange", Reduced(key=mean, info=of_mean)),
         ("exchange", Reduced(key=mean, info=of_mean, left_out=(C,))),
-        ("training", MeansCommitted(round=12, epoch=1, attempt=2, position=1)),
-        ("training", MeansCommitted(round=12, epoch=1, attempt=2, position=-1)),
+        ("training", MeansCommitted(round=12, position=1)),
+        ("training", MeansCommitted(round=12, position=-1)),
         ("training", Applied(round=13, digest=D2)),
         ("training", Evaluated(loss=1.999)),
         ("training", Evaluated(loss=LOSS_NAN)),
@@ -740,6 +997,11 @@ def digest_vectors() -> dict[str, Any]:
             {"effects_cbor_hex": encode(e).hex(), "digest_hex": effects_digest(e).hex()} for e in ([], [WakeAt(at=1.5)])
         ],
         "chunk_owners": owner_vectors(),
+        "view_digest": [
+            {"view_cbor_hex": encode(v).hex(), "digest_hex": blake3(encode(v)).hexdigest()} for v in (FOUNDED, VIEW)
+        ],
+        "view_after": change_vectors(),
+        "quorum": quorum_vectors(),
     }
 
 
@@ -763,31 +1025,105 @@ def state_vector(round: int, chunk_elements: int) -> dict[str, Any]:
 
 
 def owner_vectors() -> list[dict[str, Any]]:
-    cases = [
-        [("a", 1, True), ("b", 1, True), ("c", 1, True)],
-        [("a", 3, True), ("b", 1, True)],
-        [("a", 5, True), ("b", 1, True), ("c", 1, True)],
-        [("a", 1, False), ("b", 2, True), ("c", 1, True)],
-        [("a", 0, True), ("b", 0, True)],
-        [("a", 0, True), ("b", 2, True)],
+    yes = {"active": True, "reachable": True}
+    inactive, behind_nat = yes | {"active": False}, yes | {"reachable": False}
+    first: list[tuple[int, int, list[int]]] = [(1, 0, [])]
+    cases: list[tuple[list[tuple[str, int, dict[str, bool]]], list[tuple[int, int, list[int]]]]] = [
+        ([("a", 1, yes), ("b", 1, yes), ("c", 1, yes)], first),
+        ([("a", 3, yes), ("b", 1, yes)], first),
+        ([("a", 5, yes), ("b", 1, yes), ("c", 1, yes)], first),
+        ([("a", 1, inactive), ("b", 2, yes), ("c", 1, yes)], first),
+        ([("a", 0, yes), ("b", 0, yes)], first),
+        ([("a", 0, yes), ("b", 2, yes)], first),
+        ([("a", 4, behind_nat), ("b", 1, yes), ("c", 1, yes)], first),
+        ([("a", 1, behind_nat), ("b", 1, inactive)], first),
+        ([(A, 1, yes), (B, 1, yes), (C, 2, yes)], [*first, (1, 1, [2])]),
+        ([(A, 1, yes), (B, 1, yes), (C, 2, yes)], [*first, (1, 1, [2]), (2, 0, [0])]),
+        ([(A, 1, yes), (B, 1, yes), (C, 2, yes)], [*first, (2, 3, [0, 2])]),
+        ([(A, 1, yes), (B, 0, yes), (C, 1, behind_nat)], [*first, (1, 1, [0])]),
+        ([(A, 1, yes), (B, 1, yes)], [*first, (1, 1, [0, 1])]),
     ]
     out = []
-    for members in cases:
+    for members, turns in cases:
         view = View(
+            lineage=D0,
             epoch=1,
             number=1,
+            previous=D0,
             leader="a",
             members=tuple(
-                Member(id=i, name=i, incarnation=1, control="", bulk="", weight=w, active=act) for i, w, act in members
+                Member(id=i, name=i, incarnation=1, control="", bulk="", weight=w, **can) for i, w, can in members
             ),
         )
+        taken = tuple(Turn(epoch=e, attempt=a, lost=bitmap(lost)) for e, a, lost in turns)
         out.append(
             {
-                "members": [{"id": i, "weight": w, "active": act} for i, w, act in members],
+                "members": [{"id": i, "weight": w, **can} for i, w, can in members],
                 "chunk_count": 9,
-                "owners": list(chunk_owners(view, 9)),
+                "turns": [{"epoch": t.epoch, "attempt": t.attempt, "lost": list(positions(t.lost))} for t in taken],
+                "owners": [
+                    {"owner": at.owner, "epoch": at.epoch, "attempt": at.attempt} for at in assign(view, 9, taken)
+                ],
             }
         )
+    return out
+
+
+def change_vectors() -> list[dict[str, Any]]:
+    """A view, a change, and the view that it makes; ``None`` for a change that does not fit."""
+    three = apply_change(VIEW, Change(epoch=1, leader=B, members=(CARL,)))
+    older = msgspec.structs.replace(ANNA, active=True, voter=True, reachable=True)
+    cases = [
+        (FOUNDED, JOINING),
+        (VIEW, Change(epoch=2, leader=A)),
+        (three, Change(epoch=2, leader=C, gone=bitmap([0]), commit=msgspec.structs.replace(COMMIT, round=12))),
+        (three, Change(epoch=1, leader=B, members=(older,))),
+        (three, Change(epoch=1, leader=B, gone=bitmap([1]), members=(older,))),
+        (three, Change(epoch=1, leader=B, gone=bitmap([0, 2]), members=(BARE, older, FULL))),
+        (FOUNDED, Change(epoch=1, leader=B, gone=bitmap([1]))),
+    ]
+    return [{"before": value_of(v), "change": value_of(c), "after": value_of(after(v, c))} for v, c in cases]
+
+
+def after(view: View, change: Change) -> View | None:
+    try:
+        return apply_change(view, change)
+    except ValueError:
+        return None
+
+
+def quorum_vectors() -> list[dict[str, Any]]:
+    cases: list[tuple[list[str], str, list[str]]] = [
+        (["a"], "a", ["a"]),
+        (["a"], "a", []),
+        (["a", "b"], "a", ["a"]),
+        (["a", "b"], "a", ["b"]),
+        (["a", "b", "c"], "a", ["b", "c"]),
+        (["a", "b", "c"], "a", ["a"]),
+        (["a", "b", "c", "d"], "a", ["a", "d"]),
+        (["a", "b", "c", "d"], "a", ["b", "c"]),
+        (["b", "c"], "a", ["a", "b"]),
+        (["b", "c"], "a", ["b", "c"]),
+        ([], "a", ["a"]),
+    ]
+    out = []
+    for voters, leader, agreed in cases:
+        members = tuple(
+            Member(id=i, name=i, incarnation=1, control="", bulk="", voter=i in voters) for i in ("a", "b", "c", "d")
+        )
+        view = View(lineage=D0, epoch=1, number=1, previous=D0, leader=leader, members=members)
+        out.append({"voters": voters, "leader": leader, "agreed": agreed, "quorum": is_quorum(view, agreed)})
+    return out
+
+
+def ballot_vectors() -> list[dict[str, Any]]:
+    """Ballot files."""
+    least = Ballot(incarnations=())
+    decided = Ballot(incarnations=(MOST,), promised=MOST, promised_to=A, accepted=MOST, view=FULL_VIEW, decided=True)
+    out = []
+    for name, ballot in (("two_views", BALLOT), ("least", least), ("decided", decided)):
+        stored = StoredBallot(run_id=D1, ballot=ballot, digest=blake3(encode(ballot)).digest())
+        out.append({"name": name, "cbor_hex": encode(stored).hex(), "value": value_of(stored)})
     return out
 
 
@@ -846,6 +1182,7 @@ def files() -> dict[str, bytes]:
         "vectors/control.json": message_vectors("control", control_cases()),
         "vectors/bulk.json": message_vectors("bulk", bulk_cases()),
         "vectors/every-event.json": [{"cbor_hex": encode(i).hex(), "value": value_of(i)} for i in items],
+        "vectors/ballot.json": ballot_vectors(),
         "vectors/codec.json": codec_vectors(),
         "vectors/mean.json": mean_vectors(),
         "vectors/digests.json": digest_vectors(),

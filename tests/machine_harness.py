@@ -7,14 +7,25 @@ from typing import TypeVar
 
 from prime_async.machines.facts import Fact
 from prime_async.machines.vocabulary import Effect, Event, Report, Send, Tell
-from prime_async.messages import ChunkInfo, ChunkKey, Member, Message, View
+from prime_async.messages import ChunkInfo, ChunkKey, Commit, Member, Message, View
 
 E = TypeVar("E", bound=Effect)
 F = TypeVar("F", bound=Fact)
 M = TypeVar("M", bound=Message)
 
+LINEAGE = b"l" * 32
 
-def member(id: str, *, active: bool = True, incarnation: int = 1, weight: int = 1) -> Member:
+
+def member(
+    id: str,
+    *,
+    active: bool = True,
+    incarnation: int = 1,
+    weight: int = 1,
+    witness: bool = False,
+    voter: bool = False,
+    reachable: bool = False,
+) -> Member:
     return Member(
         id=id,
         name=id,
@@ -23,11 +34,31 @@ def member(id: str, *, active: bool = True, incarnation: int = 1, weight: int = 
         bulk=f"sim://{id}",
         weight=weight,
         active=active,
+        witness=witness,
+        voter=voter,
+        reachable=reachable,
     )
 
 
-def view(number: int, *members: Member, leader: str = "n0", epoch: int = 1) -> View:
-    return View(epoch=epoch, number=number, leader=leader, members=members)
+def full_member(
+    id: str, *, active: bool = True, incarnation: int = 1, weight: int = 1, witness: bool = False
+) -> Member:
+    """One that has completed a round and can be dialled."""
+    return member(
+        id, active=active, incarnation=incarnation, weight=weight, witness=witness, voter=active, reachable=True
+    )
+
+
+def view(number: int, *members: Member, leader: str = "n0", epoch: int = 1, commit: Commit | None = None) -> View:
+    return View(
+        lineage=LINEAGE,
+        previous=bytes(32),
+        epoch=epoch,
+        number=number,
+        leader=leader,
+        members=members,
+        commit=commit,
+    )
 
 
 def of(kind: type[E], effects: Iterable[Effect]) -> list[E]:

@@ -19,16 +19,43 @@ from prime_async.messages import DIGEST_BYTES, BulkHeader, Message
 V1: Final = Path(__file__).parent.parent / "protocols" / "v1"
 MOST: Final = 2**63 - 1
 
-PlaneName: TypeAlias = Literal["control", "bulk", "log"]
+PlaneName: TypeAlias = Literal["control", "bulk", "log", "ballot"]
 
 FILES: Final[dict[PlaneName, tuple[str, ...]]] = {
     "control": ("control.cddl", "common.cddl"),
     "bulk": ("bulk.cddl", "common.cddl"),
     "log": ("log.cddl", "control.cddl", "common.cddl"),
+    "ballot": ("ballot.cddl", "common.cddl"),
 }
 KINDS: Final[dict[PlaneName, Any]] = {"control": Message, "bulk": BulkHeader}
 RULES: Final = {"view": "view-update", "log": "log-header", "step": "log-step"}
 """Tags whose rule is not called as they are."""
+NULLABLE: Final = re.compile(r'\? "([a-z_]+)": ([a-z-]+) / null')
+"""A field that may be missing, or null, which is the same."""
+VALID: Final[dict[str, dict[str, Any]]] = {
+    "commit": {"round": 0, "epoch": 0, "attempt": 0, "digest": bytes(32), "chain": bytes(32), "view": 0},
+    "change": {"epoch": 0, "leader": "a"},
+    "view": {
+        "lineage": bytes(32),
+        "epoch": 0,
+        "number": 0,
+        "previous": bytes(32),
+        "leader": "a",
+        "members": [],
+    },
+    "plan": {
+        "t": "plan",
+        "round": 0,
+        "epoch": 0,
+        "attempt": 0,
+        "view": 0,
+        "contributors": b"",
+        "weights": [],
+        "turns": [{"epoch": 0, "attempt": 0}],
+    },
+    "ballot": {"incarnations": []},
+}
+"""Something for each rule that may be null in its place."""
 FUTURE: Final = "future = ( * tstr => any )"
 
 
@@ -100,9 +127,14 @@ def validate(plane: PlaneName, data: bytes, *, closed: bool = False) -> str | No
     (or panics). So each choice is narrowed to the rule that the data's own tag names; to any one if there is none of
     that name. It also panics where a literal is wanted and the field is missing or no text: none of our rules lets
     that pass.
+
+    In a map that may also be null it lets too much pass. So data must fit the schema as it is, and also, with
+    something valid in the place of nulls, the schema that has none.
     """
     try:
-        _schema(plane, _narrowed(plane, data), closed).validate_cbor(data)
+        narrowed = _narrowed(plane, data)
+        _schema(plane, narrowed, closed).validate_cbor(data)
+        _schema(plane, narrowed, closed, null=False).validate_cbor(_without_nulls(plane, data))
     except _NoTagError as error:
         return str(error)
     except ValidationError as error:
@@ -115,8 +147,10 @@ class _NoTagError(Exception):
 
 
 @cache
-def _schema(plane: PlaneName, narrowed: tuple[tuple[str, str], ...], closed: bool) -> Any:
+def _schema(plane: PlaneName, narrowed: tuple[tuple[str, str], ...], closed: bool, *, null: bool = True) -> Any:
     text = cddl(plane)
+    if not null:
+        text = NULLABLE.sub(r'? "\1": \2', text)
     for rule, choice in narrowed:
         text, count = re.subn(rf"^{rule} = [^;]*?\n\n", f"{rule} = {choice}\n\n", text, count=1, flags=re.MULTILINE)
         assert count == 1
@@ -129,11 +163,34 @@ def _schema(plane: PlaneName, narrowed: tuple[tuple[str, str], ...], closed: boo
     return Schema(text)
 
 
+def _without_nulls(plane: PlaneName, data: bytes) -> bytes:
+    """The same item with something valid in the place of each null that may be one."""
+    rules = dict(NULLABLE.findall(cddl(plane)))
+
+    def fill(value: Any) -> Any:
+        match value:
+            case dict():
+                return {k: VALID[rules[k]] if v is None and k in rules else fill(v) for k, v in value.items()}
+            case list():
+                return [fill(v) for v in value]
+            case _:
+                return value
+
+    item = cbor2.loads(data)
+    try:
+        filled = fill(item)
+    except RecursionError:  # a reference to itself, which is beyond a schema
+        return data
+    return data if filled == item else cbor2.dumps(filled, canonical=True)
+
+
 def _narrowed(plane: PlaneName, data: bytes) -> tuple[tuple[str, str], ...]:
     try:
         item = cbor2.loads(data)
     except (cbor2.CBORDecodeError, ValueError):
         item = 0
+    if plane == "ballot":
+        return ()  # there is but one rule
     root = {"control": "control-message", "bulk": "bulk-header", "log": "log-item"}[plane]
     event = item.get("event") if isinstance(item, dict) else None
     message = event.get("message") if isinstance(event, dict) else None
@@ -187,12 +244,14 @@ def _strategy(kind: mi.Type, name: str) -> st.SearchStrategy[Any]:
             low = low if kind.max_length is not None else high
             sizes = st.sampled_from([low, high])
             return st.one_of(st.binary(min_size=low, max_size=min(high, 64)), sizes.map(lambda size: bytes(size)))
+        case mi.NoneType():
+            return st.none()
         case mi.LiteralType():
             return st.sampled_from(sorted(kind.values, key=str))
         case mi.DictType():
             return st.dictionaries(_strategy(kind.key_type, ""), _strategy(kind.value_type, ""), max_size=4)
         case mi.VarTupleType():
-            return st.lists(_strategy(kind.item_type, ""), max_size=3).map(tuple)
+            return st.lists(_strategy(kind.item_type, ""), min_size=kind.min_length or 0, max_size=3).map(tuple)
         case mi.UnionType():
             return st.one_of([_strategy(choice, "") for choice in kind.types])
         case mi.StructType():

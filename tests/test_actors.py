@@ -20,6 +20,7 @@ from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import TrainingActor
 from prime_async.errors import NonFiniteError
 from prime_async.machines.vocabulary import (
+    AdoptMean,
     CancelFetches,
     ChunkImported,
     Effect,
@@ -33,6 +34,7 @@ from prime_async.machines.vocabulary import (
     Reduce,
     Reduced,
     Save,
+    Settle,
 )
 from prime_async.messages import ChunkInfo, ChunkKey, positions
 from prime_async.transport.base import Chunk
@@ -109,7 +111,7 @@ async def test_an_abandoned_fetch_has_no_outcome_even_if_it_waits_in_the_inbox()
         fetcher.start(fetch("b", what))
         await settled(posted)
         await handled(inbox)
-        assert machine.events == [Fetched(peer="b", key=what, info=chunk_of(b"x").info)]
+        assert machine.events == [Fetched(peer="b", key=what, info=chunk_of(b"x").info, size=1)]
         assert bytes(fetcher.take("b", what).payload) == b"x"
         nursery.cancel_scope.cancel()
 
@@ -158,6 +160,74 @@ async def test_a_mean_is_made_of_what_is_valid_and_says_who_is_in_it() -> None:
         held = store.find(mean)
         assert held is not None
         assert bytes(held.payload) == bytes(payload)  # the mean of one, in fp32
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_fetch_that_is_cancelled_alone_has_no_outcome_and_the_others_have() -> None:
+    network, machine = MemoryNetwork(6), Noted()
+    async with network.open("a") as a, network.open("b") as b, trio.open_nursery() as nursery:
+        served = ChunkStore()
+        for chunk in range(2):
+            served.put(key("contribution", chunk), chunk_of(b"x"))
+        b.serve(served)
+        a.dial("b", b.control_address, b.bulk_address)
+        inbox = runner(machine)
+        both, came = trio.Event(), list[Event]()
+
+        def post(event: Event) -> None:
+            inbox.post(event)
+            came.append(event)
+            if len(came) == 2:
+                both.set()
+
+        fetcher = Fetcher(a, nursery, post, inbox.retract)
+        for chunk in range(2):
+            fetcher.start(fetch("b", key("contribution", chunk)))
+        await settled(both)
+        fetcher.cancel("b", key("contribution", 0))
+        await handled(inbox)
+        assert machine.events == [Fetched(peer="b", key=key("contribution", 1), info=chunk_of(b"x").info, size=1)]
+        with pytest.raises(KeyError):
+            fetcher.take("b", key("contribution", 0))
+        nursery.cancel_scope.cancel()
+
+
+async def test_means_are_adopted_and_settled_under_other_names_and_what_came_as_settled_only_then_served() -> None:
+    send, receive = trio.open_memory_channel[Event](10)
+    network = MemoryNetwork(7)
+    async with network.open("a") as a, network.open("b") as b, trio.open_nursery() as nursery:
+        tensors, store, served = Tensors(workload(), 2), ChunkStore(), ChunkStore()
+        means = [Chunk(info=i, payload=p) for p, i in map(tensors.encode, range(tensors.workload.chunk_count))]
+        b.serve(served)
+        a.dial("b", b.control_address, b.bulk_address)
+        actor = ExchangeActor(a, tensors, store, nursery, send.send_nowait, lambda _: None)
+        for chunk, mean in enumerate(means[:-1]):
+            store.put(key("mean", chunk, epoch=1), mean)
+        actor.perform(AdoptMean(found=key("mean", 0, epoch=1), key=key("mean", 0, epoch=1, attempt=2)))
+        assert store.find(key("mean", 0, epoch=1, attempt=2)) == means[0]
+        last = key("mean", len(means) - 1)
+        served.put(last, means[-1])
+        actor.perform(fetch("b", last))
+        with trio.fail_after(10):
+            assert isinstance(await receive.receive(), Fetched)
+        assert store.find(last) is None
+        actor.perform(Settle(round=0, epoch=1, attempt=0, exceptions=(key("mean", 0, epoch=1, attempt=2), last)))
+        assert [store.find(key("mean", c)) for c in range(len(means) - 1)] == means[:-1]
+        assert store.find(last) is not None
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_mean_of_nothing_is_made_known_and_not_held() -> None:
+    send, receive = trio.open_memory_channel[Event](10)
+    async with MemoryNetwork(8).open("a") as a, trio.open_nursery() as nursery:
+        store = ChunkStore()
+        actor = ExchangeActor(a, Tensors(workload(), 2), store, nursery, send.send_nowait, lambda _: None)
+        actor.perform(Reduce(key=key("mean", 0), contributors=("a",), weights=(5,), members=("a",)))
+        with trio.fail_after(10):
+            made = await receive.receive()
+        assert isinstance(made, Reduced)
+        assert made.left_out == ("a",)
+        assert store.find(key("mean", 0)) is None
         nursery.cancel_scope.cancel()
 
 

@@ -124,6 +124,53 @@ def test_whatever_goes_wrong_ends_in_asking_where_the_run_is_now() -> None:
         assert {f.peer for f in of(Fetch, failed(node, 9) + came(node, 0, 8) + imported(node, 0, 8))} == {"n2"}
 
 
+def test_what_came_of_a_state_stays_when_another_provider_takes_over() -> None:
+    node, _ = fetching(chunks=4)
+    came(node, 0)
+    imported(node, 0)
+    failed(node, 1, "unreachable")
+    effects = node.handle(5.0, run_at(provider="n2"))
+    assert [(f.peer, f.key.chunk) for f in of(Fetch, effects)] == [("n2", 1), ("n2", 2)]
+
+
+def test_what_came_of_a_state_is_fetched_again_if_its_digest_was_another_or_other_chunks_lie_over_it() -> None:
+    wrong, _ = fetching()
+    all_in_place(wrong)
+    wrong.handle(4.0, Imported(round=7, digest=b"?" * 32))
+    assert asked(wrong.handle(5.0, run_at(provider="n2"))) == [0, 1]
+    overlaid, _ = fetching()
+    came(overlaid, 0)
+    imported(overlaid, 0)
+    overlaid.handle(4.0, run_at(8, NEXT))
+    came(overlaid, 0, 8)
+    imported(overlaid, 0, 8)
+    failed(overlaid, 1, "gone", 8)
+    assert asked(overlaid.handle(5.0, run_at())) == [0, 1]
+
+
+def test_a_repeated_answer_with_another_provider_does_not_give_up_what_is_on_its_way() -> None:
+    """A leader that names another provider each time it is asked would keep us from ever getting a large chunk."""
+    node, _ = fetching()
+    assert node.handle(3.0, run_at(provider="n2")) == []
+
+
+def test_a_state_that_was_given_up_while_it_was_put_together_has_no_outcome() -> None:
+    """Defect: its digest was compared with that of the next one, which was fetched once more."""
+    node, _ = fetching()
+    all_in_place(node)
+    node.handle(4.0, run_at(8, NEXT))
+    all_in_place(node, round=8)
+    assert node.handle(5.0, Imported(round=7, digest=THEIRS)) == []
+    assert told(node.handle(6.0, Imported(round=8, digest=NEXT)), "training") == [Begin(round=8)]
+
+
+def test_fetches_are_abandoned_if_our_own_state_turns_out_to_be_the_runs() -> None:
+    node, _ = fetching()
+    effects = node.handle(3.0, run_at(4, OURS))
+    assert of(CancelFetches, effects)
+    assert told(effects, "training") == [Begin(round=4)]
+
+
 def test_it_asks_until_it_is_answered() -> None:
     node, _ = fetching()
     failed(node, 1)

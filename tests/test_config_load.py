@@ -235,6 +235,33 @@ def test_whatever_text_a_file_has_the_answer_is_a_configuration_or_its_problems(
             "run.inner.batch_size: expected at most 68719476736 tokens per node and round, "
             "got 13743895347200 (with run.sequence_length and run.round.inner_steps)",
         ),
+        (
+            {"run__inner__batch_size": 2**20, "run__sequence_length": 2**17, "run__round__seconds": 60},
+            "run.inner.batch_size: expected at most 68719476736 tokens per node and round, "
+            "got 137438953472 (with run.sequence_length and run.round.inner_steps)",
+        ),
+        (
+            {"run__round__inner_steps": 100, "run__round__seconds": 60},
+            "run.round.seconds: expected 0 since run.round.inner_steps is 100: give one of the two, got 60.0",
+        ),
+        (
+            {"run__round__inner_steps": 0},
+            "run.round.seconds: expected a number greater than 0 since run.round.inner_steps is 0: "
+            "give one of the two, got 0.0",
+        ),
+        (
+            {"run__round__seconds": 60, "run__rounds": 7},
+            "run.inner.total_steps: expected the inner steps that a node does in all 7 rounds, since run.round.seconds "
+            'does not say; or set run.inner.schedule = "constant", got 0',
+        ),
+        (
+            {"run__data": "tokens", "node__witness": True},
+            'node.data_path: missing; run.data = "tokens" needs the token file that `prime-async data` makes',
+        ),
+        (
+            {"run__data": "tokens", "run__vocab_size": 256},
+            'node.data_path: missing; run.data = "tokens" needs the token file that `prime-async data` makes',
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_told_so(settings: dict[str, Any], line: str) -> None:
@@ -248,6 +275,13 @@ def test_settings_that_do_not_go_together_are_told_so(settings: dict[str, Any], 
         {"run": {"name": "x", "inner": {"total_steps": 200, "schedule": "wsd", "decay_share": 0.5}}},
         {"run": {"name": "x", "data": "tokens", "data_digest": KEY}, "node": {"data_path": "t"}},
         {"run": {"name": "x", "min_members": 65536}},
+        {"run": {"name": "x", "round": {"seconds": 0.5}}},
+        {"run": {"name": "x", "round": {"seconds": 60, "inner_steps": 0}}},
+        {"run": {"name": "x", "round": {"seconds": 0, "inner_steps": 1}}},
+        {"run": {"name": "x", "round": {"seconds": 60}, "rounds": 7, "inner": {"total_steps": 400}}},
+        {"run": {"name": "x", "round": {"seconds": 60}, "rounds": 7, "inner": {"schedule": "constant"}}},
+        {"run": {"name": "x", "data": "tokens", "vocab_size": 32000}, "node": {"witness": True}},
+        {"run": {"name": "x", "straggler_timeout_s": 0}},
         {"run": {"name": "x"}, "node": {"port": 0, "bulk_port": 0, "micro_batch_size": 16}},
         {"run": {"name": "x"}, "node": {"allow": ["any", KEY], "join": [f"{KEY}@[::1]:7"], "host": "::"}},
     ],
@@ -467,3 +501,13 @@ def test_what_is_wrong_with_a_members_run_is_said() -> None:
 def test_a_members_batch_need_not_suit_the_defaults_of_a_node() -> None:
     run = RunSpec(name="x", inner=InnerSettings(batch_size=7))
     assert parse_run('[run]\nname = "x"\ninner.batch_size = 7', "founder.toml") == run
+
+
+# --- how a round ends ---
+
+
+def test_seconds_alone_make_a_round_that_ends_with_the_clock() -> None:
+    run = parse_config('[run]\nname = "x"\nround = { seconds = 60 }', "node.toml").run
+    assert (run.round.inner_steps, run.round.seconds) == (0, 60.0)
+    assert RoundSettings(seconds=60.0) == run.round
+    assert RoundSettings() == RoundSettings(inner_steps=100) == RoundSettings(seconds=0.0)

@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "713bac569db1f42695992c10373ab4c777cb9430f6f65e7a2894eee1a3f27c7a"
+GOLDEN = "193d0386f4680d084909a5d74c623b9c4fb5bf1c84e1479866ee755b871e54c6"
 
 
 def run_of(text: str) -> RunSpec:
@@ -58,7 +58,10 @@ def test_another_value_makes_another_run() -> None:
         {"seed": 1},
         {"heartbeat_s": 2.0},
         {"data_digest": "0" * 64},
+        {"vocab_size": 256},
+        {"straggler_timeout_s": 0.0},
         {"round": RoundSettings(inner_steps=1)},
+        {"round": RoundSettings(seconds=60.0)},
         {"inner": InnerSettings(betas=(0.9, 0.9))},
         {"exchange": ExchangeSettings(codec="fp32")},
     ]
@@ -74,6 +77,8 @@ def test_the_flat_spec_has_every_setting_under_its_dotted_key_as_toml() -> None:
     assert flat["run.name"] == '"x"'
     assert flat["run.data_digest"] == '""'
     assert flat["run.round.inner_steps"] == "100"
+    assert flat["run.round.seconds"] == "0.0"
+    assert flat["run.straggler_timeout_s"] == "300.0"
     assert flat["run.inner.learning_rate"] == "0.0004"
     assert flat["run.inner.betas"] == "[0.9, 0.95]"
     assert flat["run.exchange.chunk_elements"] == "1048576"

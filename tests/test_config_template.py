@@ -63,7 +63,10 @@ INNER: dict[str, st.SearchStrategy[Any]] = {
     "max_z_loss": positive,
 }
 OUTER: dict[str, st.SearchStrategy[Any]] = {"learning_rate": positive, "momentum": decays}
-ROUND: dict[str, st.SearchStrategy[Any]] = {"inner_steps": st.integers(1, 2**10)}
+ROUND: dict[str, st.SearchStrategy[Any]] = {
+    "inner_steps": st.integers(1, 2**10),
+    "seconds": st.floats(1e-3, 86_400),
+}
 EXCHANGE: dict[str, st.SearchStrategy[Any]] = {
     "codec": st.sampled_from(["int8", "fp32"]),
     "chunk_elements": st.integers(1, 2**18).map(lambda n: 256 * n),
@@ -73,14 +76,16 @@ RUN: dict[str, st.SearchStrategy[Any]] = {
     "model": identifiers | factories,
     "data": st.sampled_from(["shakespeare", "tokens"]) | factories,
     "data_digest": st.just("") | hexadecimal,
+    "vocab_size": st.integers(0, 2**24),
     "sequence_length": st.integers(1, 2**10),
     "seed": st.integers(0, 2**63 - 1),
     "rounds": counts,
-    "round": st.builds(RoundSettings, **ROUND),
+    "round": st.one_of([st.builds(RoundSettings, **{name: values}) for name, values in ROUND.items()]),
     "mode": st.just("blocking"),
     "min_members": st.integers(1, 2**16),
     "heartbeat_s": st.floats(1e-3, 100),
     "failure_timeout_s": st.floats(201, 3600),
+    "straggler_timeout_s": st.floats(0, 86_400),
     "inner": st.builds(InnerSettings, **INNER),
     "outer": st.builds(OuterSettings, **OUTER),
     "exchange": st.builds(ExchangeSettings, **EXCHANGE),
@@ -98,6 +103,7 @@ NODE: dict[str, st.SearchStrategy[Any]] = {
     "allow_file": optional_paths,
     "encrypt": st.booleans(),
     "streams": st.integers(1, 64),
+    "witness": st.booleans(),
     "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
     "precision": st.sampled_from(["auto", "float32", "bfloat16"]),
     "compile": st.booleans(),
@@ -122,6 +128,8 @@ def configs(draw: st.DrawFn) -> Config:
         node |= {"data_path": node.get("data_path") or Path("t")}
     else:
         run.pop("data_digest", None)
+    if run.get("round", RoundSettings()).seconds and not run.get("inner", InnerSettings()).total_steps:
+        run |= {"rounds": 0}
     if node.get("port", 7700) == node.get("bulk_port", 7701):
         node |= {"port": 0, "bulk_port": 0}
     return Config(run=RunSpec(**run), node=NodeSettings(**node))

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prime_async.config.schema import (
+    MAX_ROUND_STEPS,
     ExchangeSettings,
     InnerSettings,
     NodeSettings,
@@ -25,15 +26,17 @@ from prime_async.config.schema import (
     RoundSettings,
     RunSpec,
 )
-from prime_async.errors import LocalError, NonFiniteError, ProtocolError
+from prime_async.errors import ConfigError, LocalError, NonFiniteError, ProtocolError
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.codec import CodecName, Int8Codec, make_codec
 from prime_async.work.corpus import open_shakespeare
 from prime_async.work.device import Device
-from prime_async.work.diloco import DilocoWorkload, build_workload
-from prime_async.work.inner import InnerTrainer
+from prime_async.work.diloco import DilocoWorkload, build_workload, open_diloco
+from prime_async.work.inner import InnerTrainer, list_spans
 from prime_async.work.llama import LlamaConfig, build_llama
 from prime_async.work.outer import OuterState
+from prime_async.work.schedule import pace
+from prime_async.work.witness import OuterWorkload
 from prime_async.work.workload import StepReport, Workload
 
 TINY = LlamaConfig(vocab_size=256, width=48, layers=2, heads=4, kv_heads=2, ffn_width=96, tied_embeddings=True)
@@ -61,7 +64,22 @@ def run_spec(
 def tiny_workload(run: RunSpec, stream: int) -> DilocoWorkload:
     trainer = InnerTrainer(build_llama(TINY, run.seed), open_shakespeare(run.seed), run, Device.open("cpu"), stream)
     outer = OuterState(trainer.flat.clone(), run.exchange.chunk_elements, run.outer)
-    return DilocoWorkload(trainer, outer, make_codec(run.exchange.codec), run.round.inner_steps, threads=1)
+    return DilocoWorkload(trainer, outer, make_codec(run.exchange.codec), pace(run), threads=1)
+
+
+def tiny_witness(run: RunSpec) -> OuterWorkload:
+    model = build_llama(TINY, run.seed)
+    spans = list_spans(model)
+    theta = torch.cat([model.get_parameter(span.name).detach().flatten() for span in spans])
+    outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
+    return OuterWorkload(outer, spans, make_codec(run.exchange.codec))
+
+
+def hand_over(source: Workload, target: Workload) -> bytes:
+    """``target`` imports the state of ``source``."""
+    for chunk in range(source.chunk_count):
+        target.import_state(chunk, memoryview(source.export_state(chunk)))
+    return target.end_import(source.round)
 
 
 def ignore(report: StepReport) -> None:
@@ -86,11 +104,24 @@ def exchange(nodes: Sequence[Workload], weights: Sequence[int] | None = None) ->
     return [node.end_round() for node in nodes]
 
 
+def committed(node: Workload, others: Sequence[Workload], included: bool = False) -> bytes:
+    """A round in which ``others`` contribute, applied by all. Returns the digest of ``node``."""
+    for chunk in range(node.chunk_count):
+        mean = memoryview(bytearray(node.payload_bytes(chunk)))
+        others[0].reduce(chunk, [encoded(other, chunk) for other in others], [1] * len(others), mean)
+        for other in others:
+            other.apply(chunk, mean, included=True)
+        node.apply(chunk, mean, included)
+    digests = {other.end_round() for other in others} | {node.end_round()}
+    assert len(digests) == 1
+    return digests.pop()
+
+
 def local_weights(node: DilocoWorkload) -> torch.Tensor:
     return node.trainer.flat
 
 
-def outer_weights(node: DilocoWorkload) -> torch.Tensor:
+def outer_weights(node: Workload) -> torch.Tensor:
     halves = [node.export_state(c)[: node.state_bytes(c) // 2] for c in range(node.chunk_count)]
     return torch.from_numpy(np.frombuffer(b"".join(halves), np.float32).copy())
 
@@ -148,19 +179,64 @@ def test_one_plain_step_per_round_is_the_mean_of_the_nodes_weights() -> None:
 def test_schedule_and_data_go_on_where_the_round_stands() -> None:
     """A node that trains 2 + 3 + (exchange) + 5 steps asks for steps 0, 2, and then 1 * H."""
     node = tiny_workload(run_spec(inner_steps=5), 0)
-    asked: list[tuple[int, int]] = []
-    train = node.trainer.train
-
-    def spy(first_step: int, steps: int, on_step: Callable[[StepReport], None]) -> None:
-        asked.append((first_step, steps))
-        train(first_step, steps, on_step)
-
-    node.trainer.train = spy  # type: ignore[method-assign]
+    asked = spied(node)
     node.train(2, ignore)
     node.train(3, ignore)
     exchange([node])
     node.train(5, ignore)
-    assert asked == [(0, 2), (2, 3), (5, 5)]
+    assert asked == [(0, 2, 0), (2, 3, 2), (5, 5, 5)]
+
+
+def spied(node: DilocoWorkload) -> list[tuple[int, int, int | None]]:
+    """What the trainer will have been asked for: first step of the schedule, how many, and the first batch."""
+    asked: list[tuple[int, int, int | None]] = []
+    train = node.trainer.train
+
+    def spy(first_step: int, steps: int, on_step: Callable[[StepReport], None], first_batch: int | None = None) -> None:
+        asked.append((first_step, steps, first_batch))
+        train(first_step, steps, on_step, first_batch)
+
+    node.trainer.train = spy  # type: ignore[method-assign]
+    return asked
+
+
+def test_a_slow_node_is_where_the_run_is_and_never_gets_a_batch_twice() -> None:
+    """Of H = 5 steps it does 2 in round 0, 2 in round 1 and the last one in round 2."""
+    run = run_spec(inner_steps=5)
+    slow, fast = tiny_workload(run, 0), tiny_workload(run, 1)
+    asked = spied(slow)
+    for steps in (2, 2):
+        fast.train(1, ignore)
+        slow.train(steps, ignore)
+        committed(slow, [fast])
+    slow.train(1, ignore)
+    fast.train(1, ignore)
+    exchange([slow, fast])
+    slow.train(5, ignore)
+    assert [first for first, _, _ in asked] == [batch for _, _, batch in asked] == [0, 5, 10, 15]
+
+
+def test_a_node_that_catches_up_has_the_rate_of_the_round_it_is_at() -> None:
+    run = run_spec(inner_steps=5)
+    ahead, behind = tiny_workload(run, 1), tiny_workload(run, 0)
+    asked = spied(behind)
+    behind.train(2, ignore)
+    for _ in range(3):
+        exchange([ahead])
+    hand_over(ahead, behind)
+    behind.train(3, ignore)
+    assert asked == [(0, 2, 0), (15, 3, 15)]
+
+
+def test_where_rounds_end_with_the_clock_the_schedule_is_divided_among_them() -> None:
+    inner = InnerSettings(batch_size=8, warmup_steps=5, total_steps=32)
+    run = run_spec(inner=inner).model_copy(update={"round": RoundSettings(seconds=1.0)})  # 8 rounds
+    node = tiny_workload(run, 0)
+    asked = spied(node)
+    for steps in (6, 1, 1):  # 4 were its share
+        node.train(steps, ignore)
+        exchange([node])
+    assert asked == [(0, 6, 0), (6, 1, MAX_ROUND_STEPS), (8, 1, 2 * MAX_ROUND_STEPS)]
 
 
 def test_training_that_was_stopped_between_two_steps_goes_on_with_the_next_one() -> None:
@@ -184,8 +260,8 @@ def test_restore_gives_up_local_progress_and_moments() -> None:
     node.train(3, ignore)
     node.restore()
     assert torch.equal(local_weights(node), outer_weights(node))
-    for n in (node, fresh):
-        n.train(3, ignore)
+    node.train(3, ignore)
+    fresh.trainer.train(0, 3, ignore, first_batch=3)  # the schedule begins again, the data that ended badly do not
     assert torch.equal(local_weights(node), local_weights(fresh))
 
 
@@ -195,7 +271,6 @@ def test_joiner_that_imports_the_state_goes_on_bit_for_bit() -> None:
     member.train(3, ignore)
     exchange([member])
     joiner = tiny_workload(run, 1)
-    joiner.train(2, ignore)
     for chunk in range(member.chunk_count):
         data = member.export_state(chunk)
         assert blake3.blake3(data).digest() == member.chunk_digest(chunk)
@@ -205,6 +280,83 @@ def test_joiner_that_imports_the_state_goes_on_bit_for_bit() -> None:
     for node in (member, joiner):
         node.train(3, ignore)
     assert len(set(exchange([member, joiner]))) == 1
+
+
+def test_a_node_that_catches_up_keeps_its_progress() -> None:
+    run = run_spec("fp32")
+    ahead, behind = tiny_workload(run, 1), tiny_workload(run, 0)
+    behind.train(3, ignore)
+    progress = local_weights(behind) - outer_weights(behind)
+    for _ in range(2):
+        ahead.train(3, ignore)
+        exchange([ahead])
+    assert hand_over(ahead, behind) == ahead.state_digest()
+    assert torch.equal(outer_weights(behind), outer_weights(ahead))
+    torch.testing.assert_close(local_weights(behind) - outer_weights(behind), progress, rtol=0, atol=1e-6)
+    assert progress.abs().max() > 1e-3
+    before = outer_weights(behind)
+    contribution = torch.cat(
+        [torch.from_numpy(np.frombuffer(encoded(behind, c), np.float32).copy()) for c in range(behind.chunk_count)]
+    )
+    torch.testing.assert_close(contribution, -progress, rtol=0, atol=1e-6)
+    assert behind.evaluate() == ahead.evaluate()
+    assert len(set(exchange([ahead, behind]))) == 1
+    assert torch.equal(local_weights(behind), outer_weights(ahead))
+    assert not torch.equal(local_weights(behind), before)
+
+
+def test_a_node_without_progress_that_catches_up_has_exactly_the_outer_weights() -> None:
+    """Bit for bit: also where a weight is a negative zero. With half of the chunks it is still so."""
+    run = run_spec()
+    ahead, behind = tiny_workload(run, 1), tiny_workload(run, 0)
+    behind.train(3, ignore)
+    exchange([behind])
+    state = bytearray(ahead.export_state(0))
+    state[:4] = np.float32(-0.0).tobytes()
+    ahead.import_state(0, memoryview(state))
+    for chunk in range(0, behind.chunk_count, 2):
+        behind.import_state(chunk, memoryview(ahead.export_state(chunk)))
+    assert local_weights(behind).numpy().tobytes() == outer_weights(behind).numpy().tobytes()
+    hand_over(ahead, behind)
+    assert local_weights(behind).numpy().tobytes() == outer_weights(ahead).numpy().tobytes()
+
+
+def test_progress_survives_a_state_that_was_given_up_half_way() -> None:
+    run = run_spec()
+    first, second, behind = (tiny_workload(run, stream) for stream in range(3))
+    behind.train(3, ignore)
+    progress = local_weights(behind) - outer_weights(behind)
+    for node in (first, second):
+        node.train(3, ignore)
+        exchange([node])
+    behind.import_state(0, memoryview(first.export_state(0)))
+    hand_over(second, behind)
+    torch.testing.assert_close(local_weights(behind) - outer_weights(behind), progress, rtol=0, atol=1e-6)
+
+
+def test_the_moments_stay_when_a_node_catches_up() -> None:
+    run = run_spec()
+    node, straight = tiny_workload(run, 0), tiny_workload(run, 0)
+    for n in (node, straight):
+        n.train(3, ignore)
+    hand_over(tiny_workload(run, 1), node)  # the same outer state
+    for n in (node, straight):
+        n.train(1, ignore)
+    torch.testing.assert_close(local_weights(node), local_weights(straight), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_state_that_is_not_finite_is_refused_and_changes_nothing(value: float) -> None:
+    node = tiny_workload(run_spec(), 0)
+    node.train(1, ignore)
+    before, local = node.export_state(0), local_weights(node).clone()
+    bad = bytearray(before)
+    bad[-4:] = np.float32(value).tobytes()
+    for data in (bad, before[:-4]):
+        with pytest.raises(ProtocolError, match="fetch it from another member"):
+            node.import_state(0, memoryview(data))
+    assert node.export_state(0) == before
+    assert torch.equal(local_weights(node), local)
 
 
 def test_node_that_was_left_out_keeps_its_progress_for_the_next_round() -> None:
@@ -370,9 +522,116 @@ def test_mean_that_is_not_valid_changes_nothing() -> None:
         node.apply(0, encoded(node, 0), included=True)
 
 
+@pytest.mark.parametrize("codec", ["int8", "fp32"])
+def test_a_payload_is_checked_without_being_applied(codec: CodecName) -> None:
+    run = run_spec(codec)
+    buffer = BufferWorkload.random(CHUNK + 300, CHUNK, make_codec(codec), seed=1)
+    for node, source in ((tiny_workload(run, 0),) * 2, (tiny_witness(run), tiny_workload(run, 0)), (buffer, buffer)):
+        last = node.chunk_count - 1
+        good = encoded(source, last)
+        before = node.export_state(last)
+        assert node.check(last, good)
+        assert not node.check(0, good)
+        assert not node.check(last, good[:-1])
+        assert not node.check(last, memoryview(b""))
+        for value in (math.nan, math.inf):
+            bad = bytearray(good)
+            bad[:4] = np.float32(value).tobytes()
+            assert not node.check(last, memoryview(bad))
+        assert node.export_state(last) == before
+
+
+def test_a_witness_has_the_outer_state_of_the_nodes_that_train() -> None:
+    run = run_spec()
+    nodes, witness = [tiny_workload(run, stream) for stream in range(2)], tiny_witness(run)
+    assert witness.state_digest() == nodes[0].state_digest()
+    assert (witness.elements, witness.chunk_count) == (nodes[0].elements, nodes[0].chunk_count)
+    for node in nodes:
+        node.train(3, ignore)
+    assert committed(witness, nodes) == nodes[0].state_digest()
+    assert {name: t.tolist() for name, t in witness.named_state().items()} == {
+        name: t.tolist() for name, t in nodes[0].named_state().items()
+    }
+    joiner = tiny_witness(run)
+    assert hand_over(witness, joiner) == witness.state_digest()
+    late = tiny_workload(run, 5)
+    assert hand_over(joiner, late) == witness.state_digest()
+    assert torch.equal(local_weights(late), outer_weights(witness))
+
+
+def test_a_witness_makes_the_mean_that_others_make() -> None:
+    run = run_spec()
+    node, witness = tiny_workload(run, 0), tiny_witness(run)
+    node.train(3, ignore)
+    payload = encoded(node, 1)
+    means = [memoryview(bytearray(node.payload_bytes(1))) for _ in range(2)]
+    for owner, mean in zip((node, witness), means, strict=True):
+        assert owner.reduce(1, [payload, payload[:-1]], [3, 4], mean) == [1]
+    assert bytes(means[0]) == bytes(means[1])
+
+
+def test_a_witness_trains_nothing_and_says_so() -> None:
+    witness = tiny_witness(run_spec())
+    with pytest.raises(LocalError, match=r"node\.witness = false"):
+        witness.train(1, ignore)
+    with pytest.raises(LocalError, match=r"node\.witness = false"):
+        encoded(witness, 0)
+    assert math.isnan(witness.evaluate())
+    witness.restore()
+
+
+def test_a_witness_saves_and_loads_what_a_node_that_trains_does(tmp_path: Path) -> None:
+    run = run_spec()
+    node, witness = tiny_workload(run, 0), tiny_witness(run)
+    node.train(3, ignore)
+    exchange([node])
+    save_file(dict(node.named_state()), tmp_path / "state")
+    assert witness.load_named_state(load_file(tmp_path / "state"), 1) == node.state_digest()
+
+
+@pytest.mark.parametrize("model", ["llama-1m", "tests.test_diloco:factory"])
+def test_a_witness_that_is_built_from_the_settings_has_the_same_initial_weights_and_no_data(model: str) -> None:
+    data = "tests.test_diloco:unreadable"
+    run = RunSpec(name="test", model=model, sequence_length=16, vocab_size=256)
+    trains = build_workload(run, NodeSettings(device="cpu", threads=1), stream=3)
+    without_data = run.model_copy(update={"data": data})
+    witness = build_workload(without_data, NodeSettings(witness=True, threads=1), stream=3)
+    assert isinstance(trains, DilocoWorkload)
+    assert not isinstance(witness, DilocoWorkload)
+    assert witness.state_digest() == trains.state_digest()
+
+
+def test_a_witness_of_a_run_that_does_not_say_its_vocabulary_reads_it_from_the_data() -> None:
+    run = RunSpec(name="test", model="tests.test_diloco:factory")
+    witness = build_workload(run, NodeSettings(witness=True, threads=1), stream=3)
+    assert witness.elements == 256 * 4
+    with pytest.raises(RuntimeError, match="nobody can read this"):
+        build_workload(
+            run.model_copy(update={"data": "tests.test_diloco:unreadable"}), NodeSettings(witness=True), stream=3
+        )
+
+
+def test_a_model_may_know_more_tokens_than_the_data_have_and_not_fewer() -> None:
+    run = RunSpec(name="test", model="tests.test_diloco:factory", vocab_size=320)
+    assert build_workload(run, NodeSettings(device="cpu", threads=1), stream=0).elements == 320 * 4
+    with pytest.raises(ConfigError, match=r"run\.vocab_size: expected at least 256, which the data have, got 255"):
+        build_workload(run.model_copy(update={"vocab_size": 255}), NodeSettings(device="cpu", threads=1), stream=0)
+
+
+def factory(run: RunSpec, vocab_size: int) -> torch.nn.Module:
+    """A model of one's own, as ``[run] model`` can name it."""
+    torch.manual_seed(run.seed)
+    return torch.nn.Embedding(vocab_size, 4)
+
+
+def unreadable(run: RunSpec, node: NodeSettings) -> None:  # noqa: ARG001
+    """Data that this node does not have."""
+    raise RuntimeError("nobody can read this")
+
+
 def test_workload_is_built_from_the_settings() -> None:
     run = RunSpec(name="test", sequence_length=16, exchange=ExchangeSettings(chunk_elements=2**18))
-    node = build_workload(run, NodeSettings(device="cpu", threads=1), stream=3)
+    node = open_diloco(run, NodeSettings(device="cpu", threads=1), stream=3)
     assert (node.round, node.chunk_count) == (0, -(-local_weights(node).numel() // 2**18))
     assert node.payload_bytes(0) == 2**18 + 4 * 2**10
     assert node.state_bytes(0) == 8 * 2**18

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from blake3 import blake3
 
+from prime_async.machines.attempt import Attempt
 from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
 from prime_async.machines.exchange import Exchange, ExchangeSettings
 from prime_async.machines.facts import ContributorLeftOut, RoundIgnored, RoundPlanned, StateDiverged
 from prime_async.machines.vocabulary import (
+    AdoptMean,
+    CancelFetch,
     CancelFetches,
     ContributionFixed,
     Effect,
@@ -21,29 +24,38 @@ from prime_async.machines.vocabulary import (
     MeansCommitted,
     Reduce,
     Reduced,
+    Settle,
     StateAt,
     Tick,
     ViewChanged,
     WakeAt,
 )
 from prime_async.messages import (
+    Ask,
+    AskView,
     Behind,
     ChunkInfo,
     ChunkKey,
     Commit,
     Have,
+    Held,
+    HeldMean,
     Message,
+    Open,
     Plan,
     Ready,
+    Turn,
     View,
     ViewUpdate,
     bitmap,
 )
-from tests.machine_harness import facts, info, key, member, of, sent, told, view
+from tests.machine_harness import facts, full_member, info, key, member, of, sent, told, view
 
-THREE = view(3, member("n0"), member("n1"), member("n2"))
+N0, N1, N2 = (full_member(f"n{i}") for i in range(3))
+THREE = view(3, N0, N1, N2)
 """With three chunks: n0 owns chunk 0, n1 owns chunk 1, n2 owns chunk 2."""
 ALL_DIGESTS = blake3(b"".join(info(c).digest for c in range(3))).digest()
+FIRST = Turn(epoch=1, attempt=0)
 
 
 def exchange(me: str = "n1", chunks: int = 3, at: View = THREE, round: int = 0, window: int = 4) -> Exchange:
@@ -55,14 +67,37 @@ def exchange(me: str = "n1", chunks: int = 3, at: View = THREE, round: int = 0, 
 
 
 def plan(
-    attempt: int = 0, who: tuple[int, ...] = (0, 1, 2), view_number: int = 3, round: int = 0, epoch: int = 1
+    attempt: int = 0,
+    who: tuple[int, ...] = (0, 1, 2),
+    view_number: int = 3,
+    round: int = 0,
+    epoch: int = 1,
+    turns: tuple[Turn, ...] = (FIRST,),
 ) -> Plan:
-    weights = tuple(10 * (i + 1) for i in who)
-    return Plan(round=round, epoch=epoch, attempt=attempt, view=view_number, contributors=bitmap(who), weights=weights)
+    return Plan(
+        round=round,
+        epoch=epoch,
+        attempt=attempt,
+        view=view_number,
+        contributors=bitmap(who),
+        weights=tuple(10 * (i + 1) for i in who),
+        turns=turns,
+    )
+
+
+def without(position: int, attempt: int = 1) -> Plan:
+    """The plan after one owner is lost."""
+    return plan(attempt, turns=(FIRST, Turn(epoch=1, attempt=attempt, lost=bitmap((position,)))))
 
 
 def commit(attempt: int = 0, digest: bytes = ALL_DIGESTS, chain: bytes = FIRST_CHAIN, round: int = 0) -> Commit:
-    return Commit(round=round, epoch=1, attempt=attempt, digest=digest, chain=next_chain(chain, digest))
+    return Commit(round=round, epoch=1, attempt=attempt, digest=digest, chain=next_chain(chain, digest), view=3)
+
+
+def commits(node: Exchange, made: Commit, now: float = 3.0, at: View | None = None) -> list[Effect]:
+    """The view that shows the commit comes."""
+    members = (at or node.view or THREE).members
+    return node.handle(now, ViewChanged(view=view(20 + made.round, *members, commit=made)))
 
 
 def hears(node: Exchange, message: Message, now: float = 1.0, peer: str = "n0") -> list[Effect]:
@@ -77,19 +112,26 @@ def planned(me: str = "n1") -> tuple[Exchange, list[Effect]]:
     """A node whose contribution is fixed and which has just heard the plan."""
     node = exchange(me)
     fix(node)
-    return node, hears(node, plan())
+    return node, hears(node, plan(), peer="n0")
 
 
-def fetched(node: Exchange, peer: str, what: ChunkKey, fill: int | None = None) -> list[Effect]:
-    return node.handle(2.0, Fetched(peer=peer, key=what, info=info(what.chunk if fill is None else fill)))
+def fetched(node: Exchange, peer: str, what: ChunkKey, fill: int | None = None, now: float = 2.0) -> list[Effect]:
+    of_all = ChunkInfo(
+        digest=info(what.chunk if fill is None else fill).digest, contributors=bitmap((0, 1, 2)), total_weight=60
+    )
+    return node.handle(now, Fetched(peer=peer, key=what, info=of_all, size=10))
 
 
 def failed(node: Exchange, peer: str, what: ChunkKey, fault: FetchFault, now: float = 2.0) -> list[Effect]:
     return node.handle(now, FetchFailed(peer=peer, key=what, fault=fault))
 
 
-def mean(chunk: int, attempt: int = 0, round: int = 0) -> ChunkKey:
-    return key("mean", chunk, round=round, epoch=1, attempt=attempt)
+def mean(chunk: int, attempt: int = 0, round: int = 0, epoch: int = 1) -> ChunkKey:
+    return key("mean", chunk, round=round, epoch=epoch, attempt=attempt)
+
+
+def settled(chunk: int, round: int = 0) -> ChunkKey:
+    return key("mean", chunk, round=round)
 
 
 def asked(effects: list[Effect]) -> list[tuple[str, str, int]]:
@@ -103,19 +145,23 @@ def complete(node: Exchange) -> list[Effect]:
     return [*out, *fetched(node, "n0", mean(0)), *fetched(node, "n2", mean(2))]
 
 
+def haves(effects: list[Effect]) -> list[tuple[str, int, int, bytes]]:
+    return [(peer, m.epoch, m.attempt, m.digest) for peer, m in sent(effects, Have)]
+
+
 # --- ready ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_fixed_contribution_is_told_to_the_leader_until_the_plan_comes() -> None:
     node = exchange()
-    assert sent(fix(node), Ready) == [("n0", Ready(round=0, weight=7))]
-    assert sent(node.handle(1.5, Tick()), Ready) == [("n0", Ready(round=0, weight=7))]
+    assert sent(fix(node), Ready) == [("n0", Ready(round=0, weight=7, incarnation=1))]
+    assert sent(node.handle(1.5, Tick()), Ready) == [("n0", Ready(round=0, weight=7, incarnation=1))]
     assert sent(node.handle(1.6, Tick()), Ready) == []
 
 
 def test_a_node_without_a_contribution_asks_with_weight_zero() -> None:
     node = exchange()
-    assert sent(node.handle(1.0, Tick()), Ready) == [("n0", Ready(round=0, weight=0))]
+    assert sent(node.handle(1.0, Tick()), Ready) == [("n0", Ready(round=0, weight=0, incarnation=1))]
 
 
 def test_a_contribution_to_another_round_is_not_told() -> None:
@@ -125,8 +171,8 @@ def test_a_contribution_to_another_round_is_not_told() -> None:
 def test_a_new_leader_is_told_at_once() -> None:
     node = exchange()
     fix(node)
-    effects = node.handle(0.6, ViewChanged(view=view(4, member("n2"), member("n1"), leader="n2")))
-    assert sent(effects, Ready) == [("n2", Ready(round=0, weight=7))]
+    effects = node.handle(0.6, ViewChanged(view=view(4, N2, N1, leader="n2", epoch=2)))
+    assert sent(effects, Ready) == [("n2", Ready(round=0, weight=7, incarnation=1))]
 
 
 def test_a_tick_is_always_asked_for_so_that_what_was_lost_is_repeated() -> None:
@@ -176,10 +222,10 @@ def test_both_windows_are_respected_and_chunks_go_in_order() -> None:
 def test_means_that_are_waited_for_do_not_hold_up_the_contributions_they_are_made_of() -> None:
     """Two nodes wait for each other's means with full windows, and both still fetch contributions."""
     for me, other in (("n0", "n1"), ("n1", "n0")):
-        node = exchange(me, chunks=8, at=view(3, member("n0"), member("n1")), window=1)
+        node = exchange(me, chunks=8, at=view(3, N0, N1), window=1)
         fix(node)
         if me == "n0":
-            effects = node.handle(1.0, Heard(peer="n1", message=Ready(round=0, weight=5)))
+            effects = hears(node, Ready(round=0, weight=5, incarnation=1), peer="n1")
         else:
             effects = hears(node, plan(who=(0, 1)))
         kinds = [(peer, kind) for peer, kind, _ in asked(effects)]
@@ -187,7 +233,7 @@ def test_means_that_are_waited_for_do_not_hold_up_the_contributions_they_are_mad
 
 
 def test_an_inactive_contributor_owns_nothing() -> None:
-    at = view(3, member("n0"), member("n1", active=False), member("n2"))
+    at = view(3, N0, full_member("n1", active=False), N2)
     node = exchange(at=at)
     fix(node)
     assert {kind for _, kind, _ in asked(hears(node, plan()))} == {"mean"}
@@ -199,7 +245,7 @@ def test_an_inactive_contributor_owns_nothing() -> None:
 def test_a_contributor_that_leaves_the_view_is_left_out_of_what_is_open() -> None:
     node, _ = planned()
     fetched(node, "n0", key("contribution", 1))
-    effects = node.handle(3.0, ViewChanged(view=view(4, member("n0"), member("n1"))))
+    effects = node.handle(3.0, ViewChanged(view=view(4, N0, N1)))
     [reduce] = of(Reduce, effects)
     assert (reduce.contributors, reduce.weights) == (("n0", "n1"), (10, 20))
     assert reduce.members == ("n0", "n1", "n2")  # positions are those of the plan's view
@@ -209,15 +255,15 @@ def test_a_contributor_that_leaves_the_view_is_left_out_of_what_is_open() -> Non
 def test_a_contributor_that_started_anew_has_left() -> None:
     node, _ = planned()
     fetched(node, "n0", key("contribution", 1))
-    again = member("n2", active=False, incarnation=2)
-    [reduce] = of(Reduce, node.handle(3.0, ViewChanged(view=view(4, member("n0"), member("n1"), again))))
+    again = full_member("n2", active=False, incarnation=2)
+    [reduce] = of(Reduce, node.handle(3.0, ViewChanged(view=view(4, N0, N1, again))))
     assert reduce.contributors == ("n0", "n1")
 
 
 def test_a_contribution_that_came_before_its_contributor_died_counts() -> None:
     node, _ = planned()
     fetched(node, "n2", key("contribution", 1))
-    node.handle(3.0, ViewChanged(view=view(4, member("n0"), member("n1"))))
+    node.handle(3.0, ViewChanged(view=view(4, N0, N1)))
     [reduce] = of(Reduce, fetched(node, "n0", key("contribution", 1)))
     assert reduce.contributors == ("n0", "n1", "n2")
 
@@ -239,12 +285,14 @@ def test_a_contributor_that_cannot_be_reached_is_tried_again_until_the_view_says
     assert not of(Reduce, effects)
     assert asked(node.handle(2.5, Tick())) == [("n2", "contribution", 1)]
     failed(node, "n2", key("contribution", 1), "unreachable", now=2.6)
-    assert of(Reduce, node.handle(2.7, ViewChanged(view=view(4, member("n0"), member("n1")))))
+    assert of(Reduce, node.handle(2.7, ViewChanged(view=view(4, N0, N1))))
     assert asked(node.handle(3.1, Tick())) == []
 
 
 def test_what_the_reduction_left_out_is_reported() -> None:
     node, _ = planned()
+    fetched(node, "n0", key("contribution", 1))
+    fetched(node, "n2", key("contribution", 1))
     effects = node.handle(2.0, Reduced(key=mean(1), info=info(1), left_out=("n2",)))
     assert [(f.peer, f.chunk) for f in facts(ContributorLeftOut, effects)] == [("n2", 1)]
 
@@ -274,121 +322,244 @@ def test_an_owner_that_cannot_be_reached_for_a_moment_is_asked_again() -> None:
     node, _ = planned()
     failed(node, "n2", mean(2), "unreachable", now=2.0)
     assert asked(node.handle(2.5, Tick())) == [("n2", "mean", 2)]
-    node.handle(2.6, ViewChanged(view=view(4, member("n0"), member("n1"))))
+    node.handle(2.6, ViewChanged(view=view(4, N0, N1)))
     failed(node, "n2", mean(2), "unreachable", now=2.7)
     assert asked(node.handle(3.2, Tick())) == [("n0", "mean", 2)]
 
 
-def test_a_committed_mean_that_does_not_come_is_asked_of_the_leader_first() -> None:
+def test_who_holds_all_means_says_so_until_the_commit_comes() -> None:
+    node, _ = planned()
+    have = ("n0", 1, 0, ALL_DIGESTS)
+    assert haves(complete(node)) == [have]
+    assert haves(node.handle(4.0, Tick())) == [have]
+    commits(node, commit())
+    assert haves(node.handle(9.0, Tick())) == []
+
+
+def test_a_mean_that_is_gone_is_asked_elsewhere() -> None:
+    node, _ = planned()
+    failed(node, "n0", mean(0), "gone")
+    assert asked(node.handle(2.5, Tick())) == [("n2", "mean", 0)]
+
+
+def test_a_mean_of_nobody_is_not_made_and_those_who_are_there_are_asked_again() -> None:
+    node = exchange()  # without a contribution of its own
+    hears(node, plan())
+    failed(node, "n0", key("contribution", 1), "late")
+    effects = failed(node, "n2", key("contribution", 1), "late")
+    assert not of(Reduce, effects)
+    assert asked(node.handle(2.5, Tick())) == [("n0", "contribution", 1), ("n2", "contribution", 1)]
+
+
+def test_a_mean_in_which_nobody_was_valid_does_not_count() -> None:
     node, _ = planned()
     fetched(node, "n0", key("contribution", 1))
     fetched(node, "n2", key("contribution", 1))
-    hears(node, commit())
-    failed(node, "n2", mean(2), "unreachable", now=2.0)
-    assert asked(node.handle(2.5, Tick())) == [("n0", "mean", 2)]
-    failed(node, "n0", mean(2), "unreachable", now=3.0)
-    assert asked(node.handle(3.5, Tick())) == [("n2", "mean", 2)]
+    node.handle(2.1, Reduced(key=mean(1), info=info(1), left_out=("n0", "n1", "n2")))
+    assert not node.chunks.means.holds(1, (1, 0))
+    assert asked(node.handle(2.6, Tick())) == [("n0", "contribution", 1), ("n2", "contribution", 1)]
 
 
-def test_a_mean_that_the_leader_says_is_gone_means_that_the_run_has_moved_on() -> None:
+# --- newer plans ----------------------------------------------------------------------------------------------------
+
+
+def test_the_chunk_of_n2_goes_to_n0() -> None:
+    """What the tests below count on."""
+    assert Attempt.of(without(2), THREE, 3).assigned[2].owner == "n0"
+
+
+def heir() -> Exchange:
+    """n0, the new owner of chunk 2, under the plan that made it so; n1 leads."""
+    node = exchange("n0", at=view(3, N0, N1, N2, leader="n1"))
+    fix(node)
+    hears(node, plan(), peer="n1")
+    node.handle(2.5, ViewChanged(view=view(4, N0, N1, leader="n1")))
+    hears(node, without(2), peer="n1")
+    return node
+
+
+def test_a_newer_plan_touches_the_chunks_of_the_lost_and_no_others() -> None:
     node, _ = planned()
-    effects = failed(node, "n0", mean(0), "gone")
-    assert told(effects, "checkpoint") == [FetchState()]
-    assert of(CancelFetches, effects)
+    node.handle(2.5, ViewChanged(view=view(4, N0, N1)))
+    before = set(node.fetches.under_way)
+    effects = hears(node, without(2))
+    assert not of(CancelFetches, effects)
+    assert [c.key for c in of(CancelFetch, effects)] == [mean(2)]
+    assert [(f.peer, f.key) for f in of(Fetch, effects)] == [("n0", mean(2, attempt=1))]
+    assert node.fetches.under_way >= {item for item in before if item[1].chunk != 2}
 
 
-def test_a_mean_that_another_member_says_is_gone_is_asked_elsewhere() -> None:
+def test_a_new_owner_asks_everybody_who_is_left_and_makes_it_anew_if_nobody_holds_it() -> None:
+    node = heir()
+    ask = Ask(round=0, epoch=1, attempt=1, chunks=(2,))
+    effects = node.handle(5.0, Tick())
+    assert ("n1", ask) in sent(effects, Ask)
+    assert ("n2", ask) not in sent(effects, Ask)
+    effects = hears(node, Held(round=0, epoch=1, attempt=1), peer="n1")
+    assert asked(effects) == [("n1", "contribution", 2)]
+    assert sent(node.handle(7.0, Tick()), Ask) == []
+
+
+def test_a_mean_that_somebody_holds_is_not_made_again() -> None:
+    node = heir()
+    held = Held(round=0, epoch=1, attempt=1, means=(HeldMean(chunk=2, epoch=1, attempt=0),))
+    effects = hears(node, held, peer="n1")
+    assert [(f.peer, f.key) for f in of(Fetch, effects)] == [("n1", mean(2))]
+    effects = fetched(node, "n1", mean(2), now=4.0)
+    assert of(AdoptMean, effects) == [AdoptMean(found=mean(2), key=mean(2, attempt=1))]
+    assert not of(Reduce, effects)
+
+
+def test_a_mean_that_the_new_owner_holds_itself_is_adopted_at_once() -> None:
+    node = exchange("n0", at=view(3, N0, N1, N2, leader="n1"))
+    fix(node)
+    hears(node, plan(), peer="n1")
+    fetched(node, "n2", mean(2))
+    node.handle(2.5, ViewChanged(view=view(4, N0, N1, leader="n1")))
+    hears(node, without(2), peer="n1")
+    held = Held(round=0, epoch=1, attempt=1, means=(HeldMean(chunk=2, epoch=1, attempt=0),))
+    effects = hears(node, held, peer="n1")
+    assert of(AdoptMean, effects) == [AdoptMean(found=mean(2), key=mean(2, attempt=1))]
+    assert not of(Fetch, effects)
+
+
+def test_if_the_only_one_that_holds_a_mean_dies_before_it_gave_it_the_mean_is_made_anew() -> None:
+    node = heir()
+    held = Held(round=0, epoch=1, attempt=1, means=(HeldMean(chunk=2, epoch=1, attempt=0),))
+    hears(node, held, peer="n1")
+    effects = node.handle(6.0, ViewChanged(view=view(5, N0, leader="n0", epoch=2)))
+    assert mean(2) in [c.key for c in of(CancelFetch, effects)]
+    assert [r.key for r in of(Reduce, effects) if r.key.chunk == 2] == [mean(2, attempt=1)]
+
+
+def test_an_ask_is_answered_with_what_is_held_once_the_plan_is_known() -> None:
     node, _ = planned()
-    assert not told(failed(node, "n2", mean(2), "gone"), "checkpoint")
-    assert asked(node.handle(2.5, Tick())) == [("n0", "mean", 2)]
+    fetched(node, "n2", mean(2))
+    node.handle(2.5, ViewChanged(view=view(4, N0, N1)))
+    ask = Ask(round=0, epoch=1, attempt=1, chunks=(0, 2))
+    assert sent(hears(node, ask), Held) == []
+    hears(node, without(2))
+    expected = Held(round=0, epoch=1, attempt=1, means=(HeldMean(chunk=2, epoch=1, attempt=0),))
+    assert sent(hears(node, ask), Held) == [("n0", expected)]
 
 
-def test_who_holds_all_means_says_so_until_the_commit_comes() -> None:
+def test_an_ask_for_a_round_that_this_node_is_not_at_yet_is_answered_and_lower_plans_refused_then() -> None:
+    node = exchange(round=0)
+    ask = Ask(round=1, epoch=1, attempt=1, chunks=(2,))
+    assert sent(hears(node, ask), Held) == [("n0", Held(round=1, epoch=1, attempt=1))]
+    node.handle(2.0, StateAt(round=1, digest=bytes(32)))
+    assert not asked(hears(node, plan(round=1)))
+    turns = (FIRST, Turn(epoch=1, attempt=1, lost=bitmap((2,))))
+    assert asked(hears(node, plan(1, round=1, turns=turns)))
+
+
+def test_a_mean_of_a_lower_number_does_not_count_after_a_newer_plan() -> None:
     node, _ = planned()
-    have = ("n0", Have(round=0, epoch=1, attempt=0, digest=ALL_DIGESTS))
-    assert sent(complete(node), Have) == [have]
-    assert sent(node.handle(4.0, Tick()), Have) == [have]
-    hears(node, commit())
-    assert sent(node.handle(9.0, Tick()), Have) == []
+    node.handle(2.5, ViewChanged(view=view(4, N0, N1)))
+    hears(node, without(2))
+    fetched(node, "n2", mean(2))
+    assert not node.chunks.means.holds(2, (1, 0))
 
 
-# --- attempts -------------------------------------------------------------------------------------------------------
-
-
-def test_a_higher_attempt_abandons_all_fetches_and_begins_again() -> None:
-    node, _ = planned()
-    smaller = view(4, member("n0"), member("n1"))
-    node.handle(3.0, ViewChanged(view=smaller))
-    effects = hears(node, plan(1, (0, 1), 4))
-    assert of(CancelFetches, effects)
-    assert asked(effects) == [("n0", "contribution", 1), ("n0", "mean", 0), ("n0", "mean", 2)]
-    assert fetched(node, "n2", key("contribution", 1)) == []  # of the attempt before
-
-
-def test_lower_attempts_are_refused() -> None:
+def test_lower_plans_are_refused() -> None:
     node = exchange()
     fix(node)
-    assert asked(hears(node, plan(attempt=2)))
-    for lower in (plan(attempt=1), plan(attempt=2), plan(attempt=9, epoch=0)):
-        assert not asked(hears(node, lower))
-    assert asked(hears(node, plan(attempt=3)))
+    assert asked(hears(node, plan(attempt=2, turns=(Turn(epoch=1, attempt=2),))))
+    for lower in (plan(attempt=1), plan(attempt=2)):
+        assert not of(Fetch, hears(node, lower))
+        assert node.newest == (1, 2)
 
 
-def test_what_was_reduced_for_an_earlier_attempt_does_not_count() -> None:
+def test_a_plan_of_another_making_begins_all_again() -> None:
     node, _ = planned()
-    hears(node, plan(attempt=1))
+    effects = hears(node, plan(attempt=1, turns=(Turn(epoch=1, attempt=1),)))
+    assert of(CancelFetches, effects)
+    assert ("n0", "contribution", 1) in asked(effects)
     node.handle(2.0, Reduced(key=mean(1), info=info(1)))
-    assert node.attempt is not None
-    assert node.attempt.digests == {}
+    assert node.chunks.means.held == {}
 
 
-def test_a_plan_for_another_round_or_from_another_peer_is_ignored() -> None:
+def test_a_plan_for_another_round_or_from_another_peer_or_of_another_epoch_is_ignored() -> None:
     node = exchange()
     fix(node)
     assert not asked(hears(node, plan(round=1)))
     assert not asked(hears(node, plan(), peer="n2"))
     assert not asked(hears(node, plan(), peer="n1"))  # says a copy of our own key
+    assert not asked(hears(node, plan(epoch=2)))
 
 
 def test_a_plan_that_does_not_fit_its_view_is_reported_and_ignored() -> None:
     for bad in (
-        Plan(round=0, epoch=1, attempt=0, view=3, contributors=bitmap((0, 1)), weights=(1,)),
-        Plan(round=0, epoch=1, attempt=0, view=3, contributors=bitmap((9,)), weights=(1,)),
-        Plan(round=0, epoch=1, attempt=0, view=3, contributors=b"", weights=()),
+        plan(who=(0, 1, 2, 9)),
+        Plan(round=0, epoch=1, attempt=0, view=3, contributors=bitmap((0, 1)), weights=(1,), turns=(FIRST,)),
+        Plan(round=0, epoch=1, attempt=0, view=3, contributors=b"", weights=(), turns=(FIRST,)),
+        plan(turns=(FIRST, FIRST)),
+        plan(turns=(Turn(epoch=1, attempt=9),)),
+        plan(1, turns=(FIRST, Turn(epoch=1, attempt=1, lost=bitmap((9,))))),
+        plan(1, turns=(FIRST, Turn(epoch=1, attempt=1, lost=bitmap((0, 1, 2))))),
     ):
         effects = hears(exchange(), bad)
         assert facts(RoundIgnored, effects)
         assert not asked(effects)
 
 
-def test_a_plan_of_a_view_that_is_not_known_waits_for_the_view() -> None:
-    """The leader repeats both: the plan may refer to a view that this node never saw."""
-    node = exchange(at=view(7, member("n0"), member("n1")))
+def test_a_plan_of_a_view_that_is_not_known_waits_for_the_view_that_is_asked_for() -> None:
+    node = exchange(at=view(7, N0, N1))
     fix(node)
-    assert not asked(hears(node, plan()))
-    hears(node, ViewUpdate(view=THREE))
     effects = hears(node, plan())
+    assert not asked(effects)
+    assert sent(effects, AskView) == [("n0", AskView(number=3))]
+    effects = hears(node, ViewUpdate(epoch=1, decided=True, view=THREE))
     assert ("n0", "contribution", 1) in asked(effects)
-    assert node.view is not None
-    assert node.view.number == 7
     assert [f.peer for f in facts(ContributorLeftOut, effects)] == ["n2"]  # it has left since
 
 
-def test_a_view_from_somebody_who_does_not_lead_is_not_kept() -> None:
-    node = exchange(at=view(7, member("n0"), member("n1")))
-    hears(node, ViewUpdate(view=THREE), peer="n1")
-    hears(node, ViewUpdate(view=THREE), peer="n2")
-    assert not asked(hears(node, plan()))
+def test_a_view_that_nobody_asked_for_or_that_is_not_decided_is_not_kept() -> None:
+    node = exchange(at=view(7, N0, N1))
+    hears(node, ViewUpdate(epoch=1, decided=True, view=THREE))
+    hears(node, plan())
+    hears(node, ViewUpdate(epoch=1, decided=False, view=THREE))
+    hears(node, ViewUpdate(epoch=1, decided=True, view=THREE), peer="n2")
+    assert node.views.get(3) is None
 
 
-def test_a_few_views_are_kept_and_the_newest_always() -> None:
-    node = exchange()
+def test_a_view_that_is_kept_is_shown_to_who_asks() -> None:
+    node, _ = planned()
     for number in range(4, 40):
-        node.handle(1.0, ViewChanged(view=view(number, member("n0"), member("n1"))))
-    for number in range(1, 20):
-        hears(node, ViewUpdate(view=view(number, member("n0"))))
-    assert len(node.views) == 8
-    assert (1, 39) in node.views
+        node.handle(1.0, ViewChanged(view=view(number, N0, N1)))
+    assert len(node.views.known) == 9
+    expected = ViewUpdate(epoch=1, decided=True, view=THREE)
+    assert sent(hears(node, AskView(number=3)), ViewUpdate) == [("n0", expected)]
+    assert sent(hears(node, AskView(number=4)), ViewUpdate) == []
+
+
+# --- a new leader ---------------------------------------------------------------------------------------------------
+
+NEXT = view(7, N1, N2, leader="n2", epoch=2)
+
+
+def test_a_new_leader_is_told_the_open_plan_until_it_has_one() -> None:
+    node, _ = planned()
+    opened = ("n2", Open(epoch=2, round=0, incarnation=1, plan=plan()))
+    assert sent(node.handle(5.0, ViewChanged(view=NEXT)), Open) == [opened]
+    assert sent(node.handle(6.0, Tick()), Open) == [opened]
+    carried = plan(0, epoch=2, turns=(FIRST, Turn(epoch=2, attempt=0, lost=bitmap((0,)))))
+    hears(node, carried, peer="n2", now=6.5)
+    assert sent(node.handle(7.0, Tick()), Open) == []
+
+
+def test_under_the_plan_of_a_new_leader_untouched_chunks_keep_their_numbers_and_count() -> None:
+    node, _ = planned()
+    complete(node)
+    node.handle(5.0, ViewChanged(view=view(7, N0, N1, N2, leader="n2", epoch=2)))
+    effects = hears(node, plan(0, epoch=2), peer="n2")
+    assert not asked(effects)
+    assert haves(effects) == [("n2", 2, 0, ALL_DIGESTS)]
+
+
+def test_who_has_no_vote_tells_a_new_leader_nothing() -> None:
+    node = exchange(at=view(3, N0, member("n1"), N2))
+    assert sent(node.handle(5.0, ViewChanged(view=view(7, member("n1"), N2, leader="n2", epoch=2))), Open) == []
 
 
 # --- commits --------------------------------------------------------------------------------------------------------
@@ -397,83 +568,152 @@ def test_a_few_views_are_kept_and_the_newest_always() -> None:
 def test_only_committed_means_are_handed_over_and_once() -> None:
     node, _ = planned()
     assert not told(complete(node), "training")
-    assert told(hears(node, commit()), "training") == [MeansCommitted(round=0, epoch=1, attempt=0, position=1)]
-    assert not told(hears(node, commit()), "training")
+    effects = commits(node, commit())
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
+    assert of(Settle, effects) == [Settle(round=0, epoch=1, attempt=0)]
+    assert not told(node.handle(9.0, Tick()), "training")
 
 
-def test_a_commit_may_come_before_the_means() -> None:
+def test_a_commit_may_come_before_the_means_and_gets_under_way_go_on() -> None:
     node, _ = planned()
     fetched(node, "n0", key("contribution", 1))
     fetched(node, "n2", key("contribution", 1))
     node.handle(2.1, Reduced(key=mean(1), info=info(1)))
-    assert not told(hears(node, commit()), "training")
+    effects = commits(node, commit())
+    assert not told(effects, "training")
+    assert not of(Fetch, effects)
     fetched(node, "n0", mean(0))
-    effects = fetched(node, "n2", mean(2))
-    assert told(effects, "training") == [MeansCommitted(round=0, epoch=1, attempt=0, position=1)]
-    assert not sent(effects, Have)
+    assert told(fetched(node, "n2", mean(2)), "training") == [MeansCommitted(round=0, position=1)]
+
+
+def test_what_a_node_had_still_to_make_at_the_commit_it_fetches_as_settled() -> None:
+    node, _ = planned()
+    effects = commits(node, commit())
+    assert [(f.peer, f.key) for f in of(Fetch, effects)] == [("n0", settled(1))]
+    fetched(node, "n0", mean(0))
+    fetched(node, "n2", mean(2))
+    effects = fetched(node, "n0", settled(1))
+    assert of(Settle, effects) == [Settle(round=0, epoch=1, attempt=0, exceptions=(settled(1),))]
+
+
+def test_a_mean_whose_owner_dies_after_the_commit_is_fetched_as_settled() -> None:
+    node, _ = planned()
+    commits(node, commit())
+    effects = node.handle(3.0, ViewChanged(view=view(21, N0, N1, commit=commit())))
+    assert mean(2) in [c.key for c in of(CancelFetch, effects)]
+    assert ("n0", settled(2)) in [(f.peer, f.key) for f in of(Fetch, effects)]
+
+
+def test_a_settled_mean_is_asked_of_the_leader_first_and_then_of_the_others_a_short_while_each() -> None:
+    node = exchange()
+    effects = commits(node, commit())
+    assert {f.timeout_s for f in of(Fetch, effects)} == {7.5}
+    failed(node, "n0", settled(2), "late", now=4.0)
+    [again] = of(Fetch, node.handle(4.5, Tick()))
+    assert (again.peer, again.key, again.timeout_s) == ("n2", settled(2), 15.0)
+
+
+def test_when_nobody_gives_the_committed_means_the_state_that_they_lead_to_is_fetched() -> None:
+    """Defect: those who held them were gone, and who had joined since did not have them."""
+    node = exchange()
+    commits(node, commit())
+    now, effects = 4.0, list[Effect]()
+    for _ in range(8):
+        for peer in ("n0", "n2"):
+            failed(node, peer, settled(2), "late", now=now)
+        now += 1.5
+        effects += node.handle(now, Tick())
+    assert FetchState() in told(effects, "checkpoint")
 
 
 def follow(node: Exchange) -> list[Effect]:
-    return [effect for chunk in range(3) for effect in fetched(node, "n0", mean(chunk))]
+    return [effect for chunk in range(3) for effect in fetched(node, "n0", settled(chunk))]
 
 
 def test_a_node_without_a_contribution_follows_a_commit_without_a_plan() -> None:
     node = exchange()
-    assert asked(hears(node, commit())) == [("n0", "mean", 0), ("n0", "mean", 1), ("n0", "mean", 2)]
-    assert told(follow(node), "training") == [MeansCommitted(round=0, epoch=1, attempt=0, position=-1)]
+    assert asked(commits(node, commit())) == [("n0", "mean", 0), ("n0", "mean", 1), ("n0", "mean", 2)]
+    assert told(follow(node), "training") == [MeansCommitted(round=0, position=-1)]
 
 
-def test_a_contributor_waits_for_the_plan_of_a_commit_to_know_whether_it_is_counted() -> None:
+def test_a_contributor_that_never_saw_the_plan_learns_its_place_from_the_view_of_the_commit() -> None:
     """Defect: it followed as if it were in none of the means, kept its progress, and contributed it twice."""
-    node = exchange()
+    node = exchange(at=view(7, N0, N1, N2))
     fix(node)
-    assert not asked(hears(node, commit(attempt=1)))
-    assert sent(node.handle(1.5, Tick()), Ready) == [("n0", Ready(round=0, weight=7))]
-    node.handle(1.6, ViewChanged(view=view(4, member("n0"), member("n1"))))
-    hears(node, plan(1, (0, 1), 4))
-    effects = hears(node, commit(attempt=1))
-    assert asked(effects) == [("n0", "mean", 0), ("n0", "mean", 1), ("n0", "mean", 2)]
-    for chunk in range(3):
-        effects = fetched(node, "n0", mean(chunk, attempt=1))
-    assert told(effects, "training") == [MeansCommitted(round=0, epoch=1, attempt=1, position=1)]
+    commits(node, commit())
+    effects = follow(node)
+    assert not told(effects, "training")
+    assert sent(effects, AskView) == [("n0", AskView(number=3))]
+    assert sent(node.handle(4.0, Tick()), AskView) == [("n2", AskView(number=3))]
+    effects = hears(node, ViewUpdate(epoch=1, decided=True, view=THREE), peer="n2")
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
 
 
 def test_a_contributor_that_was_not_in_the_plan_keeps_its_progress() -> None:
-    node = exchange("n2", at=view(3, member("n0"), member("n1"), member("n2", active=False)))
+    node = exchange("n2")
     fix(node)
-    hears(node, plan(who=(0, 1)))
-    fetched(node, "n0", mean(0))
-    fetched(node, "n1", mean(1))
-    fetched(node, "n0", mean(2))
-    assert told(hears(node, commit()), "training") == [MeansCommitted(round=0, epoch=1, attempt=0, position=-1)]
+    commits(node, commit())
+    for chunk in range(3):
+        head = ChunkInfo(digest=info(chunk).digest, contributors=bitmap((0, 1)), total_weight=3)
+        effects = node.handle(2.0, Fetched(peer="n0", key=settled(chunk), info=head))
+    assert told(effects, "training") == [MeansCommitted(round=0, position=-1)]
+
+
+def test_what_an_earlier_start_of_this_node_contributed_does_not_use_up_its_progress() -> None:
+    again = full_member("n1", incarnation=2)
+    node = exchange(at=THREE)
+    node.handle(0.1, ViewChanged(view=view(4, N0, again, N2)))
+    fix(node)
+    commits(node, commit())
+    assert told(follow(node), "training") == [MeansCommitted(round=0, position=-1)]
+
+
+def test_who_was_removed_and_taken_in_again_since_it_contributed_still_knows_its_place() -> None:
+    node, _ = planned()
+    complete(node)
+    node.handle(2.5, ViewChanged(view=view(4, N0, full_member("n1", incarnation=2), N2)))
+    assert told(commits(node, commit()), "training") == [MeansCommitted(round=0, position=1)]
 
 
 def test_who_holds_other_means_than_the_committed_ones_fetches_those_from_the_leader() -> None:
     node, _ = planned()
     complete(node)
     right = blake3(b"".join(info(c).digest for c in (0, 9, 2))).digest()
-    effects = hears(node, commit(digest=right))
+    effects = commits(node, commit(digest=right))
     assert facts(StateDiverged, effects)
     assert asked(effects) == [("n0", "mean", 0), ("n0", "mean", 1), ("n0", "mean", 2)]
-    fetched(node, "n0", mean(0))
-    fetched(node, "n0", mean(1), fill=9)
-    effects = fetched(node, "n0", mean(2))
-    # Defect: position was -1, so a contribution that is in the means was kept for the next round as well.
-    assert told(effects, "training") == [MeansCommitted(round=0, epoch=1, attempt=0, position=1)]
+    fetched(node, "n0", settled(0))
+    fetched(node, "n0", settled(1), fill=9)
+    effects = fetched(node, "n0", settled(2))
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
+    assert of(Settle, effects) == [Settle(round=0, epoch=0, attempt=0)]
 
 
-def test_means_of_the_leader_that_differ_from_its_commit_end_in_fetching_the_state() -> None:
+def test_a_commit_of_an_earlier_plan_takes_what_was_held_under_its_numbers() -> None:
+    """The leader died after it had made it known to membership that the first plan's means are held."""
+    node, _ = planned()
+    complete(node)
+    node.handle(2.5, ViewChanged(view=view(4, N0, N1)))
+    hears(node, without(2))
+    effects = commits(node, commit())
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
+
+
+def test_settled_means_that_differ_from_the_commit_end_in_fetching_the_state_and_are_tried_again_later() -> None:
     node = exchange()
-    hears(node, commit(digest=b"?" * 32))
-    assert told(follow(node), "checkpoint") == [FetchState()]
+    commits(node, commit(digest=b"?" * 32))
+    effects = follow(node) + follow(node)
+    assert told(effects, "checkpoint") == [FetchState()]
+    assert not asked(node.handle(4.0, Tick()))
+    assert asked(node.handle(15.0, Tick()))
 
 
 def test_a_commit_that_does_not_continue_the_chain_ends_in_fetching_the_state() -> None:
     node, _ = planned()
     complete(node)
-    hears(node, commit())
+    commits(node, commit())
     node.handle(3.0, StateAt(round=1, digest=bytes(32)))
-    effects = hears(node, commit(round=1, chain=b"?" * 32))
+    effects = commits(node, commit(round=1, chain=b"?" * 32))
     assert facts(StateDiverged, effects)
     assert told(effects, "checkpoint") == [FetchState()]
 
@@ -482,65 +722,68 @@ def test_the_first_commit_after_a_state_was_fetched_begins_a_new_chain() -> None
     """Defect: a node that had missed a round took the next commit for a forgery, and fetched the state again."""
     node, _ = planned()
     complete(node)
-    hears(node, commit())
+    commits(node, commit())
     node.handle(3.0, StateAt(round=1, digest=bytes(32)))
     node.handle(4.0, StateAt(round=2, digest=bytes(32)))  # fetched
-    effects = hears(node, commit(round=2, chain=b"?" * 32))
+    effects = commits(node, commit(round=2, chain=b"?" * 32))
     assert not facts(StateDiverged, effects)
     assert asked(effects)
 
 
-def test_a_commit_of_another_round_or_from_another_peer_is_ignored() -> None:
+def test_a_node_that_missed_a_whole_commit_fetches_the_state_once() -> None:
     node = exchange()
-    assert hears(node, commit(round=1)) == []
-    assert hears(node, commit(), peer="n2") == []
+    assert told(commits(node, commit(round=1)), "checkpoint") == [FetchState()]
+    assert not told(node.handle(4.0, Tick()), "checkpoint")
 
 
-def test_a_node_that_is_too_far_behind_fetches_the_state() -> None:
-    node = exchange(round=3)
-    assert told(hears(node, Behind(round=9)), "checkpoint") == [FetchState()]
-    assert not told(hears(node, Behind(round=3)), "checkpoint")
-    assert not told(hears(node, Behind(round=9), peer="n2"), "checkpoint")
+def test_a_node_that_knows_the_commit_of_its_round_goes_on_when_the_run_is_one_ahead_and_no_more() -> None:
+    node = exchange()
+    commits(node, commit())
+    assert not told(commits(node, commit(round=1)), "checkpoint")
+    assert told(commits(node, commit(round=2)), "checkpoint") == [FetchState()]
+
+
+def test_a_node_that_applies_its_round_has_missed_nothing() -> None:
+    node, _ = planned()
+    complete(node)
+    commits(node, commit())
+    assert not told(commits(node, commit(round=1)), "checkpoint")
+
+
+def test_a_node_that_is_told_that_it_is_behind_fetches_the_state() -> None:
+    assert told(hears(exchange(round=3), Behind(round=9)), "checkpoint") == [FetchState()]
+    assert not told(hears(exchange(round=3), Behind(round=3)), "checkpoint")
+    assert not told(hears(exchange(round=3), Behind(round=9), peer="n2"), "checkpoint")
 
 
 def test_a_new_outer_state_drops_what_no_one_needs_and_abandons_the_rest() -> None:
     node, _ = planned()
     effects = node.handle(3.0, StateAt(round=1, digest=bytes(32)))
-    assert of(Forget, effects) == [Forget(means_before=0, contributions_before=1)]
+    assert of(Forget, effects) == [Forget(means_before=1, contributions_before=1)]  # it has none of those before
     assert of(CancelFetches, effects)
     assert fetched(node, "n0", key("contribution", 1)) == []
-    assert node.handle(3.0, StateAt(round=1, digest=bytes(32))) == []
+    assert not of(Forget, node.handle(3.0, StateAt(round=1, digest=bytes(32))))
 
 
-def test_a_mean_with_who_is_in_it_counts_by_its_digest_alone() -> None:
-    node = exchange()
-    hears(node, commit())
-    for chunk in range(3):
-        head = ChunkInfo(digest=info(chunk).digest, contributors=bitmap((0, 1)), total_weight=3)
-        effects = node.handle(2.0, Fetched(peer="n0", key=mean(chunk), info=head))
-    assert told(effects, "training")
+def test_who_came_to_a_state_by_its_round_still_gives_the_means_of_it() -> None:
+    node, _ = planned()
+    complete(node)
+    commits(node, commit())
+    effects = node.handle(4.0, StateAt(round=1, digest=bytes(32)))
+    assert of(Forget, effects) == [Forget(means_before=0, contributions_before=1)]
 
 
-def test_a_leader_believes_no_commit_that_comes_under_its_own_name() -> None:
+def test_a_leader_believes_no_plan_that_comes_under_its_own_name() -> None:
     """Somebody has a copy of its key."""
     node = exchange("n0")
-    assert hears(node, commit(), peer="n0") == []
     assert hears(node, plan(), peer="n0") == []
 
 
-def test_a_contributor_that_gets_wrong_means_twice_fetches_the_state() -> None:
-    node, _ = planned()
-    complete(node)
-    assert asked(hears(node, commit(digest=b"?" * 32)))
-    assert told(follow(node), "checkpoint") == [FetchState()]
-
-
-def test_a_plan_that_counts_on_an_earlier_start_of_this_node_does_not_use_up_its_progress() -> None:
-    node = exchange("n2")
-    hears(node, plan())
-    for peer in ("n0", "n1"):
-        fetched(node, peer, key("contribution", 2))
-    node.handle(2.1, Reduced(key=mean(2), info=info(2)))
-    fetched(node, "n0", mean(0))
-    fetched(node, "n1", mean(1))
-    assert told(hears(node, commit()), "training") == [MeansCommitted(round=0, epoch=1, attempt=0, position=-1)]
+def test_who_fetched_contributions_says_how_fast() -> None:
+    node = exchange()
+    fix(node)
+    hears(node, plan(), now=1.0)
+    effects = complete(node)  # its contributions came in the second from 1.0 to 2.0
+    [(_, have)] = sent(effects, Have)
+    assert have.received_per_s == 20
+    assert [(r.position, r.bytes_per_s) for r in have.rates] == [(2, 10), (0, 10)]

@@ -14,8 +14,7 @@ from prime_async.log import LOG_VERSION, LogHeader, LogRecord, LogWriter, Messag
 from prime_async.machines.facts import PeerDropped
 from prime_async.machines.vocabulary import ActorName, Effect, Event, Machine, Offended, Report
 from prime_async.messages import encode
-from prime_async.testing import Simulation, SimulationSettings
-from prime_async.testing.simulation import SimNode
+from prime_async.testing import SimNode, Simulation, SimulationSettings
 
 
 @dataclass

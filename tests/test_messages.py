@@ -23,6 +23,7 @@ from prime_async.messages import (
     Message,
     Plan,
     Ready,
+    Turn,
     View,
     bitmap,
     decode,
@@ -143,7 +144,7 @@ def test_the_limit_of_size_is_inclusive() -> None:
 
 
 def test_a_protocol_error_says_what_is_wrong_and_where() -> None:
-    data = cbor2.dumps({"t": "ready", "round": -1, "weight": 1}, canonical=True)
+    data = cbor2.dumps({"t": "ready", "round": -1, "weight": 1, "incarnation": 1}, canonical=True)
 
     with pytest.raises(ProtocolError, match=r"`int` >= 0.*\$\.round"):
         decode(data, Message)
@@ -164,7 +165,14 @@ def test_bits_count_from_the_least_of_the_first_byte() -> None:
 
 
 def test_a_view_finds_its_members_and_those_that_are_active() -> None:
-    view = View(epoch=1, number=1, leader="a", members=(member("a", active=True), member("b")))
+    view = View(
+        lineage=bytes(32),
+        epoch=1,
+        number=1,
+        previous=bytes(32),
+        leader="a",
+        members=(member("a", active=True), member("b")),
+    )
 
     assert view.member("b") == member("b")
     assert view.member("c") is None
@@ -178,8 +186,8 @@ def test_the_name_of_a_chunk_has_an_attempt_only_for_means() -> None:
 
 def test_the_weights_of_a_plan_always_add_up_to_a_total_that_a_mean_can_carry() -> None:
     """Else one member with a weight of 2^63 - 1 makes every owner send headers for which it is shut out."""
-    assert decoded_or_refused(encode(Ready(round=0, weight=MAX_TOKENS)), Message) is not None
-    assert decoded_or_refused(encode(Ready(round=0, weight=MAX_TOKENS + 1)), Message) is None
+    assert decoded_or_refused(encode(Ready(round=0, weight=MAX_TOKENS, incarnation=1)), Message) is not None
+    assert decoded_or_refused(encode(Ready(round=0, weight=MAX_TOKENS + 1, incarnation=1)), Message) is None
 
     info = ChunkInfo(digest=bytes(32), contributors=b"\x03", total_weight=65536 * MAX_TOKENS)
 
@@ -188,9 +196,11 @@ def test_the_weights_of_a_plan_always_add_up_to_a_total_that_a_mean_can_carry() 
 
 def test_a_message_made_here_is_not_checked_so_its_makers_must_keep_the_bounds() -> None:
     """The receiver counts it as a violation: senders cut what they put in."""
+    turns = (Turn(epoch=1, attempt=0),)
     for message in (
-        Ready(round=-1, weight=0),
-        Plan(round=0, epoch=0, attempt=0, view=0, contributors=b"", weights=(MOST + 1,)),
+        Ready(round=-1, weight=0, incarnation=1),
+        Plan(round=0, epoch=0, attempt=0, view=0, contributors=b"", weights=(MOST + 1,), turns=turns),
+        Plan(round=0, epoch=0, attempt=0, view=0, contributors=b"", weights=(), turns=()),
     ):
         with pytest.raises(ProtocolError):
             decode(encode(message), Message)

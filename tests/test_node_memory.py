@@ -24,13 +24,13 @@ from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
 from prime_async.errors import (
     ConfigError,
-    LeaderLostError,
     NonFiniteError,
     RefusedError,
 )
-from prime_async.ledger import STATE_FILE, StateFile
+from prime_async.ledger import BALLOT_FILE, STATE_FILE, StateFile
 from prime_async.log import read_log, replay
 from prime_async.machines.facts import (
+    CutOff,
     Fact,
     HeldOutLoss,
     InnerStepDone,
@@ -44,6 +44,7 @@ from prime_async.machines.facts import (
     StateFetched,
     StateFetchStarted,
     StateSaved,
+    ViewAdopted,
 )
 from prime_async.messages import Ready, encode
 from prime_async.node import Node, open_node
@@ -277,28 +278,6 @@ async def test_a_node_that_dies_in_mid_exchange_holds_nobody_up_for_long(place: 
         place.replayed(name)
 
 
-async def test_a_leader_that_dies_leaves_its_members_their_state(place: Place) -> None:
-    short: dict[str, Any] = {"failure_timeout_s": 0.3, "min_members": 2}
-    walker = Walker()
-
-    async def member() -> None:
-        with pytest.raises(LeaderLostError, match=r"is kept in node\.directory"):
-            async with place.node(1, walker, **short) as node:
-                await node.wait()
-
-    with trio.fail_after(LIMIT_S):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(member)
-            with trio.CancelScope() as life:
-                async with place.node(0, **short) as leader:
-                    await until(leader, RoundFinished, lambda f: f.round >= 2)
-                    life.cancel()
-                    await trio.sleep_forever()
-    again = saved_state(place, 1, **short)
-    assert again.round == walker.round >= 2
-    assert again.state_digest() == walker.state_digest()
-
-
 def saved_state(place: Place, name: int, **run: Any) -> Walker:
     """What a node left on disk."""
     config, found = place.config(name, **run), Walker()
@@ -306,7 +285,53 @@ def saved_state(place: Place, name: int, **run: Any) -> Walker:
     return found
 
 
-# --- peers that do not behave ---------------------------------------------------------------------------------------
+async def test_when_the_leader_dies_the_others_elect_another_and_go_on(place: Place) -> None:
+    short: dict[str, Any] = {"failure_timeout_s": 0.8}
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            life = trio.CancelScope()
+
+            async def lead(task_status: trio.TaskStatus[Node]) -> None:
+                with life:
+                    async with place.node(0, **short) as leader:
+                        task_status.started(leader)
+                        await trio.sleep_forever()
+
+            leader = await nursery.start(lead)
+            await until(leader, RoundFinished)
+            async with place.node(1, **short) as second, place.node(2, **short) as third:
+                both = (second, third)
+                for node in both:
+                    await until(node, RoundFinished)
+                await until(leader, ViewAdopted, lambda f: f.active == 3)
+                rounds = leader.round
+                await until(leader, RoundFinished, lambda f: f.round >= rounds + 1)
+                life.cancel()
+                finished = [await until(node, RoundFinished, lambda f: f.round >= rounds + 5) for node in both]
+                assert finished[0].round != finished[1].round or finished[0].state_digest == finished[1].state_digest
+
+
+async def test_of_two_nodes_the_one_whose_leader_died_keeps_its_work_and_says_what_to_do(place: Place) -> None:
+    short: dict[str, Any] = {"failure_timeout_s": 0.5, "min_members": 2}
+    walker = Walker()
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            life = trio.CancelScope()
+
+            async def lead() -> None:
+                with life:
+                    async with place.node(0, **short):
+                        await trio.sleep_forever()
+
+            nursery.start_soon(lead)
+            async with place.node(1, walker, **short) as member:
+                await until(member, RoundFinished, lambda f: f.round >= 2)
+                life.cancel()
+                cut_off = await until(member, CutOff)
+                assert "prime-async recover --force" in cut_off.advice
+    again = saved_state(place, 1, **short)
+    assert again.round == walker.round >= 2
+    assert again.state_digest() == walker.state_digest()
 
 
 async def test_garbage_from_strangers_and_members_does_not_stop_a_run(place: Place) -> None:
@@ -314,12 +339,19 @@ async def test_garbage_from_strangers_and_members_does_not_stop_a_run(place: Pla
     with trio.fail_after(LIMIT_S):
         async with place.node(0, min_members=2) as first, place.node(1, min_members=2):
             await until(first, RoundFinished)
-            for frames in ([b""], [b"garbage"], [b"\xff" * 100], [b"", b""], [encode(Ready(round=1, weight=1)) + b"x"]):
+            trailing = encode(Ready(round=1, weight=1, incarnation=1)) + b"x"
+            for frames in (
+                [b""],
+                [b"garbage"],
+                [b"\xff" * 100],
+                [b"", b""],
+                [trailing],
+            ):
                 place.network.inject(stranger, place.id(0), "control", frames)
                 place.network.inject(stranger, place.id(0), "bulk", frames)
             place.network.inject(place.id(1), place.id(0), "control", [b"garbage"])
             # What is well formed and makes no sense: from a stranger, of a member's part.
-            for message in (Ready(round=10**9, weight=1), Ready(round=0, weight=10**9)):
+            for message in (Ready(round=10**9, weight=1, incarnation=1), Ready(round=0, weight=10**9, incarnation=1)):
                 place.network.inject(stranger, place.id(0), "control", [encode(message)])
                 place.network.inject(place.id(1), place.id(0), "control", [encode(message)])
             assert (await until(first, PeerDropped)).peer in (stranger, place.id(1))
@@ -446,8 +478,10 @@ async def test_a_node_with_a_later_state_than_the_leader_keeps_it(place: Place) 
         async with place.node(0, **short), place.node(1, kept, **short) as member:
             await until(member, RoundFinished, lambda f: f.round >= 2)
         (place.directory / "n0" / STATE_FILE).unlink()
+        for name in ("n0", "n1"):
+            (place.directory / name / BALLOT_FILE).unlink()
         async with place.node(0, Walker(step_s=0.3), **short):
-            with pytest.raises(LeaderLostError, match=r"without node\.join"):
+            with pytest.raises(RefusedError, match=r"without node\.join"):
                 async with place.node(1, again, **short) as member:
                     await member.wait()
     assert again.round >= 2

@@ -15,10 +15,16 @@ from prime_async.errors import ProtocolError
 from prime_async.messages import (
     MAX_CONTROL_BYTES,
     MAX_HEADER_BYTES,
+    Change,
     ChunkInfo,
     ChunkKey,
+    Commit,
+    HeldMean,
     Member,
+    Plan,
+    Rate,
     Refuse,
+    Turn,
     View,
     decode,
     encode,
@@ -41,7 +47,7 @@ from tests.protocols_harness import (
 )
 
 LIMITS: dict[PlaneName, int] = {"control": MAX_CONTROL_BYTES, "bulk": MAX_HEADER_BYTES}
-PARTS = (Member, View, ChunkKey, ChunkInfo)
+PARTS = (Member, View, Commit, Change, Turn, Plan, HeldMean, Rate, ChunkKey, ChunkInfo)
 """What messages are made of, beside plain values."""
 
 VECTORS: list[tuple[PlaneName, dict[str, Any]]] = [
@@ -145,9 +151,11 @@ def test_unknown_fields_are_ignored_by_the_code_and_allowed_by_the_schema(plane:
 
 
 def test_unknown_fields_are_ignored_inside_a_message_too() -> None:
-    view = tree_of(encode(View(epoch=1, number=1, leader="a", members=())))
+    empty = View(lineage=bytes(32), epoch=1, number=1, previous=bytes(32), leader="a", members=())
+    view = tree_of(encode(empty))
     member = {"id": "a", "name": "", "incarnation": 1, "control": "", "bulk": "", "later": [1]}
-    data = cbor2.dumps({"t": "view", "view": view | {"members": [member], "since": 3}}, canonical=True)
+    view |= {"members": [member], "since": 3}
+    data = cbor2.dumps({"t": "view", "epoch": 1, "decided": True, "view": view}, canonical=True)
 
     (read,) = decode(data, KINDS["control"]).view.members
 
@@ -177,19 +185,23 @@ def test_a_field_inside_may_be_left_out_exactly_if_it_has_a_default(part: type) 
 
 def places_of(part: type) -> list[tuple[PlaneName, dict[str, Any], dict[str, Any]]]:
     """(plane, a message as a map, the map in it that is such a part)."""
-    names = {f.name for f in fields_of(part)}
+    info = mi.type_info(part)
+    assert isinstance(info, mi.StructType)
+    names = {f.name for f in info.fields} | ({"t"} if info.tag else set())
     found: list[tuple[PlaneName, dict[str, Any], dict[str, Any]]] = []
     for plane, vector in VECTORS:
         if vector.get("decode_only"):
             continue
         tree = tree_of(bytes_of(vector))
-        for value in tree.values():
-            inner = value.get("members") if isinstance(value, dict) else None
-            for candidate in (value, *(inner or ())):
-                if isinstance(candidate, dict) and set(candidate) == names:
-                    found.append((plane, tree, candidate))
+        found += [(plane, tree, inside) for inside in maps_inside(tree) if set(inside) == names]
     assert found
     return found[:4]
+
+
+def maps_inside(value: Any) -> list[dict[str, Any]]:
+    """All maps in a map or an array, at any depth, without itself."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [m for v in inner for m in ([v] if isinstance(v, dict) else []) + maps_inside(v)]
 
 
 WRONG: dict[type, list[Any]] = {
@@ -201,6 +213,7 @@ WRONG: dict[type, list[Any]] = {
     mi.DictType: [[], "", None, {"a": 1}, {"a": b"b"}, {"a": None}],
     mi.VarTupleType: [{}, "", b"", None, 0, [True], [[]], [None]],
     mi.StructType: [[], "", b"", None, 1, {}],
+    mi.UnionType: [[], "", b"", True, 1, {}],  # a struct or null
 }
 
 
@@ -222,6 +235,18 @@ def test_values_of_another_type_inside_are_rejected_by_the_code_and_by_the_schem
             assert is_rejected(plane, tree) == (True, True), (field.name, wrong)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_null_stands_inside_exactly_for_what_there_may_be_none_of(part: type) -> None:
+    for field in fields_of(part):
+        optional = isinstance(field.type, mi.UnionType) and field.type.includes_none
+        for plane, tree, place in places_of(part):
+            there, place[field.name] = place[field.name], None
+
+            assert is_rejected(plane, tree) == (not optional, not optional), field.name
+
+            place[field.name] = there
+
+
 @each_message
 def test_what_is_a_little_out_of_bounds_is_rejected(plane: PlaneName, kind: type) -> None:
     example = example_of(plane, kind)
@@ -231,6 +256,18 @@ def test_what_is_a_little_out_of_bounds_is_rejected(plane: PlaneName, kind: type
 
             assert refused, (field.name, wrong)
             # CDDL counts the bytes of a text and the code its characters.
+            assert against_schema or isinstance(wrong, str), (field.name, wrong)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_a_little_out_of_bounds_inside_is_rejected(part: type) -> None:
+    for field in fields_of(part):
+        plane, tree, place = places_of(part)[0]
+        for wrong in just_outside(field.type):
+            place[field.name] = wrong
+            refused, against_schema = is_rejected(plane, tree)
+
+            assert refused, (field.name, wrong)
             assert against_schema or isinstance(wrong, str), (field.name, wrong)
 
 
@@ -246,10 +283,19 @@ def just_outside(kind: mi.Type) -> list[Any]:
             return [{str(i): "" for i in range(high + 1)}]
         case mi.VarTupleType(item_type=mi.IntType(), max_length=int(high)):
             return [[0] * (high + 1)]
+        case mi.VarTupleType(item_type=mi.StructType(cls=part), min_length=low, max_length=int(high)):
+            one = least_of(part)
+            return [[one] * (high + 1), *([[one] * (low - 1)] if low else [])]
         case mi.VarTupleType(item_type=mi.StrType(), max_length=int(high)):
             return [[""] * (high + 1)]
         case _:
             return []
+
+
+def least_of(part: type) -> dict[str, Any]:
+    """The shortest map of such a part that a golden vector has, without what may be left out."""
+    _, _, place = min(places_of(part), key=lambda p: len(cbor2.dumps(p[2])))
+    return {f.name: place[f.name] for f in fields_of(part) if f.required}
 
 
 # --- vectors --------------------------------------------------------------------------------------------------------

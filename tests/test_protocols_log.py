@@ -17,7 +17,7 @@ from prime_async.errors import LogFormatError
 from prime_async.log import LOG_VERSION, LogHeader, LogRecord, LogWriter, MachineSettings, read_log, replay
 from prime_async.machines.vocabulary import ActorName, Effect, Event, Machine
 from prime_async.messages import encode
-from prime_async.testing.simulation import Simulation, SimulationSettings
+from prime_async.testing import Simulation, SimulationSettings
 from tests.protocols_harness import EVENTS, V1, bytes_of, choices, from_diagnostic, load, rule_of, tag, validate, values
 
 GOLDEN = V1 / "vectors" / "every-event.cborseq"

@@ -1,30 +1,37 @@
-"""The numbers of ``protocols/v1/vectors``: payloads, means, digests, and who owns a chunk."""
+"""The numbers of ``protocols/v1/vectors``: payloads, means, digests, views, ballots, and who owns a chunk."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import cbor2
+import msgspec
 import pytest
 import torch
 from blake3 import blake3
+from hypothesis import given, settings
 
 from prime_async.config.schema import OuterSettings, RunSpec
 from prime_async.config.spec import flatten, run_id
-from prime_async.errors import NonFiniteError
+from prime_async.errors import ConfigError, NonFiniteError, StorageError
+from prime_async.ledger import BallotFile, StoredBallot
 from prime_async.log import effects_digest
+from prime_async.machines.ballot import Ballot, apply_change, is_quorum, view_digest
 from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
-from prime_async.machines.owners import chunk_owners
-from prime_async.machines.vocabulary import Effect, Event, Send, WakeAt
-from prime_async.messages import Commit, Have, Member, View, encode
-from prime_async.testing.simulation import SimNode, Simulation
+from prime_async.machines.owners import assign
+from prime_async.machines.vocabulary import ActorName, Effect, Event, Send, Tell, ViewChanged, WakeAt
+from prime_async.messages import Change, Commit, Have, Member, Turn, View, bitmap, decode, encode
+from prime_async.testing import SimNode, Simulation
 from prime_async.work.codec import as_bytes, as_tensor, make_codec
 from prime_async.work.outer import OuterState
 from prime_async.work.reduce import weighted_mean
-from tests.protocols_harness import load
+from tests.protocols_harness import from_diagnostic, load, validate, values
 
 CODEC: list[dict[str, Any]] = load("vectors/codec.json")
 MEANS: list[dict[str, Any]] = load("vectors/mean.json")
 DIGESTS: dict[str, list[dict[str, Any]]] = load("vectors/digests.json")
+BALLOTS: list[dict[str, Any]] = load("vectors/ballot.json")
 BAD_PAYLOADS: list[dict[str, Any]] = load("rejected/payloads.json")
 BAD_VALUES: list[dict[str, Any]] = load("rejected/values.json")
 
@@ -127,24 +134,33 @@ def test_digests_of_chunks_and_of_all_means_are_the_golden_ones() -> None:
 
 def test_members_report_and_commit_the_digest_of_all_means_in_chunk_order() -> None:
     simulation = Simulation(3, seed=5)
-    means: dict[tuple[int, int, int], str] = {}
-    said: list[Have | Commit] = []
+    means: dict[tuple[int, int, int, int], str] = {}
+    said: list[Have] = []
+    commits: dict[int, Commit] = {}
 
-    def look(node: SimNode, _: Event, effects: list[Effect]) -> None:
-        for key, info in sorted(node.chunks.items()):
+    def look(node: SimNode, _actor: ActorName, _: Event, effects: list[Effect]) -> None:
+        for key, info in node.chunks.items():
             if key.kind == "mean":
-                means.setdefault((key.round, key.attempt, key.chunk), info.digest.hex())
-        said.extend(e.message for e in effects if isinstance(e, Send) and isinstance(e.message, Have | Commit))
+                means.setdefault((key.round, key.epoch, key.attempt, key.chunk), info.digest.hex())
+        for effect in effects:
+            match effect:
+                case Send(message=Have() as have):
+                    said.append(have)
+                case Tell(event=ViewChanged(view=View(commit=Commit() as commit))):
+                    assert commits.setdefault(commit.round, commit) == commit
 
     simulation.observers.append(look)
     simulation.run_for(20.0)
 
     assert len({s.round for s in said}) > 2
-    for message in said:
-        joined = "".join(means[message.round, message.attempt, c] for c in range(simulation.settings.chunk_count))
+    assert len(commits) > 2
+    messages: list[Have | Commit] = [*said, *commits.values()]
+    for message in messages:
+        number = message.round, message.epoch, message.attempt
+        joined = "".join(means[*number, c] for c in range(simulation.settings.chunk_count))
         assert blake3(bytes.fromhex(joined)).digest() == message.digest
     chain = FIRST_CHAIN
-    for commit in {s.round: s for s in said if isinstance(s, Commit)}.values():
+    for _, commit in sorted(commits.items()):
         chain = next_chain(chain, commit.digest)
         assert commit.chain == chain
 
@@ -163,14 +179,89 @@ def test_the_run_id_of_a_run_is_made_in_this_way() -> None:
 
 def test_the_digest_of_effects_is_the_golden_one() -> None:
     effects: list[list[Effect]] = [[], [WakeAt(at=1.5)]]
-    for given, case in zip(effects, DIGESTS["effects_digest"], strict=True):
-        assert encode(given).hex() == case["effects_cbor_hex"]
-        assert effects_digest(given).hex() == case["digest_hex"]
+    for listed, case in zip(effects, DIGESTS["effects_digest"], strict=True):
+        assert encode(listed).hex() == case["effects_cbor_hex"]
+        assert effects_digest(listed).hex() == case["digest_hex"]
 
 
 @pytest.mark.parametrize("case", DIGESTS["chunk_owners"], ids=range(len(DIGESTS["chunk_owners"])))
 def test_chunks_have_the_golden_owners(case: dict[str, Any]) -> None:
     members = tuple(Member(name="", incarnation=1, control="", bulk="", **m) for m in case["members"])
-    view = View(epoch=1, number=1, leader=members[0].id, members=members)
+    turns = [Turn(epoch=t["epoch"], attempt=t["attempt"], lost=bitmap(t["lost"])) for t in case["turns"]]
 
-    assert list(chunk_owners(view, case["chunk_count"])) == case["owners"]
+    owners = assign(view_of(members, members[0].id), case["chunk_count"], turns)
+
+    assert [at._asdict() for at in owners] == case["owners"]
+
+
+def view_of(members: tuple[Member, ...], leader: str) -> View:
+    return View(lineage=bytes(32), epoch=1, number=1, previous=bytes(32), leader=leader, members=members)
+
+
+def test_the_digest_of_a_view_is_the_golden_one_and_names_it_in_the_next() -> None:
+    previous = bytes(32)
+    for case in DIGESTS["view_digest"]:
+        data = bytes.fromhex(case["view_cbor_hex"])
+        view: View = decode(data, View)
+
+        assert blake3(data).digest() == view_digest(view) == bytes.fromhex(case["digest_hex"])
+        assert view.previous == previous
+        previous = view_digest(view)
+
+
+@pytest.mark.parametrize("case", DIGESTS["view_after"], ids=range(len(DIGESTS["view_after"])))
+def test_a_change_makes_the_golden_view(case: dict[str, Any]) -> None:
+    before = msgspec.convert(from_diagnostic(case["before"]), View, builtin_types=(bytes,))
+    change = msgspec.convert(from_diagnostic(case["change"]), Change, builtin_types=(bytes,))
+    after = msgspec.convert(from_diagnostic(case["after"]), View | None, builtin_types=(bytes,))
+
+    if after is None:
+        with pytest.raises(ValueError, match="not in the view"):
+            apply_change(before, change)
+    else:
+        assert apply_change(before, change) == after
+
+
+@pytest.mark.parametrize("case", DIGESTS["quorum"], ids=range(len(DIGESTS["quorum"])))
+def test_those_who_agree_are_a_quorum_exactly_if_they_are_golden(case: dict[str, Any]) -> None:
+    ids = dict.fromkeys([*case["voters"], case["leader"], *case["agreed"]])
+    members = tuple(Member(id=i, name="", incarnation=1, control="", bulk="", voter=i in case["voters"]) for i in ids)
+
+    assert is_quorum(view_of(members, case["leader"]), case["agreed"]) == case["quorum"]
+
+
+@by_name(BALLOTS)
+def test_a_golden_ballot_file_is_what_the_code_writes_and_the_schema_describes(
+    case: dict[str, Any], tmp_path: Path
+) -> None:
+    data = bytes.fromhex(case["cbor_hex"])
+    stored = msgspec.convert(from_diagnostic(case["value"]), StoredBallot, builtin_types=(bytes,))
+    file = BallotFile(tmp_path, stored.run_id)
+
+    file.save(stored.ballot)
+
+    assert file.path.read_bytes() == data == encode(stored)
+    assert file.load() == stored.ballot
+    assert blake3(encode(stored.ballot)).digest() == stored.digest
+    assert validate("ballot", data, closed=True) is None
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(values(Ballot))
+def test_any_ballot_file_is_what_the_schema_describes(ballot: Ballot) -> None:
+    stored = StoredBallot(run_id=bytes(32), ballot=ballot, digest=bytes(32))
+
+    assert validate("ballot", encode(stored), closed=True) is None
+
+
+@pytest.mark.parametrize("wrong", [{"t": "ballast"}, {"run_id": 0}, {"run_id": b"\0"}, {"ballot": {}}, {"digest": ""}])
+def test_a_wrong_field_in_a_ballot_file_fits_neither_the_schema_nor_the_code(
+    wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = cbor2.loads(bytes.fromhex(BALLOTS[0]["cbor_hex"])) | wrong
+    file = BallotFile(tmp_path, bytes(range(32)))
+    file.path.write_bytes(cbor2.dumps(tree, canonical=True))
+
+    with pytest.raises((StorageError, ConfigError)):
+        file.load()
+    assert validate("ballot", file.path.read_bytes()) is not None

@@ -203,7 +203,7 @@ async def test_what_is_retracted_is_not_given_and_the_rest_keeps_its_order() -> 
         Leave(),
     ):
         runner.post(event)
-    runner.retract((Fetched, FetchFailed))
+    runner.retract(lambda event: isinstance(event, Fetched | FetchFailed))
     async with running(runner, notes.performed.append):
         await trio.testing.wait_all_tasks_blocked()
     assert machine.events == [Halt(), Halted(), Leave()]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prime_async.config.schema import InnerSettings, RoundSettings, RunSpec
-from prime_async.work.schedule import learning_rate, total_steps
+from prime_async.config.schema import MAX_ROUND_STEPS, InnerSettings, RoundSettings, RunSpec
+from prime_async.work.schedule import Pace, learning_rate, pace, total_steps
 
 
 def settings(schedule: str, **changes: float) -> InnerSettings:
@@ -81,3 +81,15 @@ def test_the_schedule_ends_with_the_run_unless_it_is_told_when() -> None:
     assert total_steps(run) == 140
     assert total_steps(run.model_copy(update={"inner": InnerSettings(total_steps=99)})) == 99
     assert total_steps(run.model_copy(update={"rounds": 0})) == 0
+
+
+def test_where_a_node_is_when_a_round_begins_follows_the_run() -> None:
+    steps = RunSpec(name="x", rounds=7, round=RoundSettings(inner_steps=20), inner=InnerSettings(total_steps=99))
+    assert pace(steps) == Pace(steps=20, batches=20)
+    clock = steps.model_copy(update={"round": RoundSettings(seconds=3.0)})
+    assert pace(clock) == Pace(steps=14, batches=MAX_ROUND_STEPS)
+    endless = clock.model_copy(update={"rounds": 0})
+    assert pace(endless) == Pace(steps=0, batches=MAX_ROUND_STEPS)
+    without_end = clock.model_copy(update={"inner": InnerSettings(schedule="constant")})
+    assert total_steps(without_end) == 0
+    assert pace(without_end) == Pace(steps=0, batches=MAX_ROUND_STEPS)

@@ -1,586 +1,391 @@
-"""Whole runs of the real machines: what must hold after every event, and how soon a run goes on after what went wrong.
+"""Whole runs of the real machines: how soon, and with what, a run goes on after what goes wrong in it.
 
-A schedule is made from its seed alone. ``pytest -m long`` runs many more of them.
+Whatever a test does, the properties of ``prime_async.testing`` are watched after every event.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
-from blake3 import blake3
 
-from prime_async.machines.attempt import Attempt
-from prime_async.machines.coordinator import Answer, Coordinator
-from prime_async.machines.exchange import Exchange
-from prime_async.machines.facts import RoundPlanned, StateDiverged
-from prime_async.machines.membership import PATIENCE, Membership
-from prime_async.machines.vocabulary import Apply, ContributionFixed, Effect, Event, Reduce
-from prime_async.messages import ChunkKey, Commit, Message, Plan, Ready, positions
-from prime_async.testing import Simulation, SimulationSettings
-from prime_async.testing.simulation import SimNode
-from tests.machine_harness import facts
+from prime_async.machines.facts import StateDiverged
+from prime_async.messages import Message, Plan, ViewUpdate
+from prime_async.testing import SimulationSettings
+from prime_async.testing.schedules import Chaos
+from tests.simulation_harness import (
+    AIM_S,
+    STEADY,
+    TIMEOUT_S,
+    Drops,
+    are_at,
+    assert_counted,
+    begin,
+    newest_round,
+    points,
+    reach,
+    steady,
+    steps_of,
+)
 
-
-class BrokenRuleError(AssertionError):
-    """A property does not hold."""
-
-
-@dataclass(slots=True)
-class Rules:
-    """What must hold after every event of a simulation."""
-
-    simulation: Simulation
-    commits: dict[tuple[int, int], Commit] = field(default_factory=dict)  # by epoch of the leader, and round
-    applied: dict[int, bytes] = field(default_factory=dict)
-    contributors: dict[tuple[str, ChunkKey], tuple[str, ...]] = field(default_factory=dict)
-    contributed: set[tuple[int, int]] = field(default_factory=set)  # (a process, round)
-    planned: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-
-    def watch(self) -> Rules:
-        self.simulation.observers.append(self.check)
-        return self
-
-    def check(self, node: SimNode, event: Event, effects: list[Effect]) -> None:
-        if isinstance(event, ContributionFixed):
-            self.contributed.add((id(node), event.round))
-        for effect in effects:
-            if isinstance(effect, Reduce):
-                self._on_reduce(node, effect)
-            elif isinstance(effect, Apply):
-                self._on_apply(node, effect)
-        for fact in facts(RoundPlanned, effects):
-            self._on_planned(node, fact)
-        self._note_commits(node)
-
-    def _require(self, holds: bool, text: str) -> None:
-        if not holds:
-            raise BrokenRuleError(f"{text}; seed {self.simulation.seed}, at {self.simulation.now:.3f} s")
-
-    def _note_commits(self, node: SimNode) -> None:
-        exchange = node.machines["exchange"]
-        assert isinstance(exchange, Exchange)
-        if not exchange.coordinator.leads:
-            return
-        for round, commit in exchange.coordinator.commits.items():
-            known = self.commits.setdefault((commit.epoch, round), commit)
-            self._require(known == commit, f"two commits of round {round}: {known}, {commit}")
-
-    def _on_reduce(self, node: SimNode, reduce: Reduce) -> None:
-        names = reduce.contributors
-        self._require(len(set(names)) == len(names), f"{reduce.key} counts a contribution twice: {names}")
-        self.contributors[node.id, reduce.key] = names
-
-    def _on_planned(self, node: SimNode, fact: RoundPlanned) -> None:
-        number = (fact.epoch, fact.attempt)
-        before = self.planned.setdefault((id(node), fact.round), number)
-        self._require(before <= number, f"{node.id} went from attempt {before} of round {fact.round} to {number}")
-        self.planned[id(node), fact.round] = number
-
-    def _on_apply(self, node: SimNode, apply: Apply) -> None:
-        keys = [
-            ChunkKey(kind="mean", round=apply.round, chunk=c, epoch=apply.epoch, attempt=apply.attempt)
-            for c in range(self.simulation.settings.chunk_count)
-        ]
-        digest = blake3(b"".join(node.chunks[k].digest for k in keys)).digest()
-        commit = self.commits.get((apply.epoch, apply.round))
-        committed = commit is not None and (commit.attempt, commit.digest) == (apply.attempt, digest)
-        self._require(committed, f"{node.id} applies means of round {apply.round} that were not committed")
-        same = self.applied.setdefault(apply.round, digest) == digest
-        self._require(same, f"{node.id} applies other means of round {apply.round} than others did")
-        for chunk_key in keys:
-            self._used_up_if_counted(node, apply, chunk_key)
-
-    def _used_up_if_counted(self, node: SimNode, apply: Apply, chunk_key: ChunkKey) -> None:
-        makers = [names for (_, k), names in self.contributors.items() if k == chunk_key]
-        in_it = any(node.id in names for names in makers) and (id(node), apply.round) in self.contributed
-        used_up = apply.position in positions(node.chunks[chunk_key].contributors)
-        text = "is in it and is kept for the next round" if in_it else "is not in it and is given up"
-        self._require(in_it == used_up, f"{node.id}, {chunk_key}: its contribution {text}")
+EVERY = 4
+"""Sweeps look at every so many-th event of a round."""
 
 
-# --- random schedules -----------------------------------------------------------------------------------------------
+def crash_and_go_on(data: bytes, victims: tuple[str, ...], where: str, limit_s: float) -> None:
+    """The others end the open round in ``limit_s``, and lose no inner step."""
+    chaos = Chaos.restored(data)
+    simulation = chaos.simulation
+    goal = newest_round(chaos) + 1
+    for victim in victims:
+        simulation.crash(victim)
+    survivors = simulation.running
+    steps = steps_of(survivors)
+    simulation.hint = f", {where}"
+    simulation.run_until(are_at(survivors, goal), limit_s)
+    simulation.run_until(are_at(survivors, goal + 2), 30)
+    assert_counted(survivors, steps, where)
 
 
-def random_settings(chance: random.Random) -> SimulationSettings:
-    """A joiner must be able to fetch the state within a round: slow networks have long rounds."""
-    latency_s = chance.choice([(0.001, 0.01), (0.01, 0.1), (0.05, 0.5)])
-    slow = latency_s[1] > 0.2
-    return SimulationSettings(
-        min_members=chance.choice([1, 2]),
-        loss=chance.choice([0, 0.05, 0.2]),
-        doubled=chance.choice([0, 0.1]),
-        chunk_count=chance.randint(1, 4 if slow else 6),
-        inner_steps=chance.randint(6, 10) if slow else chance.randint(2, 8),
-        latency_s=latency_s,
-    )
+# --- crashes --------------------------------------------------------------------------------------------------------
 
 
-def disturb(simulation: Simulation, chance: random.Random, leaving: set[str]) -> None:
-    """One thing that goes wrong, with anybody; only the leader, which ends a run with it, does not crash or leave."""
-    name = chance.choice(list(simulation.nodes))
-    what = chance.choice(["crash", "restart", "pause", "split", "new", "leave"])
-    if what == "new":
-        simulation.start(f"n{len(simulation.nodes)}")
-    elif what == "pause" or name == "n0":
-        simulation.pause(name)
-        simulation.run_for(chance.uniform(0, 30))
-        simulation.resume(name)
-    elif what == "split":
-        simulation.split(tuple(n for n in simulation.nodes if n != name), (name,))
-        simulation.run_for(chance.uniform(0, 25))
-        simulation.split()
-    elif what == "leave":
-        leaving.add(name)
-        simulation.leave(name, at_once=chance.random() < 0.5)
-    else:
-        simulation.crash(name)
-        if what == "restart":
-            simulation.run_for(chance.choice([0, 0.1, 5, 15]))
-            simulation.start(name)
-            leaving.discard(name)
-
-
-def is_active(simulation: Simulation, node: SimNode) -> bool:
-    leader = simulation.nodes["n0"].machines["membership"]
-    assert isinstance(leader, Membership)
-    mine = leader.view.member(node.id) if leader.view else None
-    return mine is not None and mine.active
-
-
-def all_caught_up(simulation: Simulation, round: int) -> bool:
-    return all(n.state[0] >= round and is_active(simulation, n) for n in simulation.running)
-
-
-def run_schedule(seed: int) -> Simulation:
-    """Some disturbances; then all is well, and everybody must be active and three rounds further in good time."""
-    chance = random.Random(seed)
-    simulation = Simulation(chance.randint(2, 5), seed, random_settings(chance))
-    Rules(simulation).watch()
-    simulation.run_for(chance.uniform(0, 20))
-    leaving: set[str] = set()
-    for _ in range(chance.randint(1, 5)):
-        disturb(simulation, chance, leaving)
-        simulation.run_for(chance.uniform(0, 20))
-    simulation.settings = replace(simulation.settings, loss=0.0, doubled=0.0)
-    leader = simulation.nodes["n0"]
-    failures = [(n.id, n.failure) for n in simulation.nodes.values() if n.alive and n.failure]
-    assert not failures, f"seed {seed}: {failures}"
-    if sum(n.id not in leaving for n in simulation.running) >= simulation.settings.min_members:
-        goal = leader.state[0] + 3
-        simulation.run_until(lambda: all_caught_up(simulation, goal), 150)
-    return simulation
-
-
-@pytest.mark.parametrize("block", range(15))
-def test_runs_go_on_after_crashes_pauses_splits_and_lost_messages(block: int) -> None:
-    for seed in range(10 * block, 10 * block + 10):
-        run_schedule(seed)
+@pytest.mark.parametrize("victim", ["n0", "n1", "n2", "n3"])
+def test_a_crash_of_any_one_of_four_at_any_point_ends_the_round_in_time_and_costs_no_step(victim: str) -> None:
+    for event, data in points(steady(), every=EVERY):
+        crash_and_go_on(data, (victim,), f"{victim} crashes {event} events into the round", AIM_S)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("block", range(100))
-def test_many_more_runs_go_on(block: int) -> None:
-    for seed in range(1000 + 50 * block, 1050 + 50 * block):
-        run_schedule(seed)
+@pytest.mark.parametrize("seed", range(2, 8))
+@pytest.mark.parametrize("victim", ["n0", "n1", "n2", "n3"])
+def test_a_crash_of_any_one_of_four_at_each_single_event(victim: str, seed: int) -> None:
+    for event, data in points(steady(seed=seed)):
+        crash_and_go_on(data, (victim,), f"{victim} crashes {event} events into the round", AIM_S)
 
 
-def test_a_seed_decides_everything() -> None:
-    first, second, other = run_schedule(7), run_schedule(7), run_schedule(8)
-    assert (first.now, first.messages) == (second.now, second.messages)
-    assert {n.id: n.state for n in first.nodes.values()} == {n.id: n.state for n in second.nodes.values()}
-    assert first.messages != other.messages
+@pytest.mark.parametrize("victims", [("n0", "n1"), ("n0", "n4"), ("n1", "n3"), ("n3", "n4")])
+def test_two_crashes_at_once_of_five_cost_no_more(victims: tuple[str, ...]) -> None:
+    for event, data in points(steady(5), every=2 * EVERY):
+        election_s = 1.0 if "n0" in victims else 0.0  # it waits a moment for the other one that is silent
+        crash_and_go_on(data, victims, f"{victims} crash {event} events into the round", AIM_S + election_s)
 
 
-def test_without_corruption_nobody_ever_says_that_states_differ() -> None:
-    """Defect: every node that had missed a round said so, for its chain of commits had a gap."""
-    for seed in range(200, 220):
-        said = [f for n in run_schedule(seed).nodes.values() for f in n.facts if isinstance(f, StateDiverged)]
-        assert not said, f"seed {seed}: {said}"
+def test_half_of_an_even_number_may_be_lost_if_the_leader_is_not() -> None:
+    for event, data in points(steady(4), every=2 * EVERY):
+        crash_and_go_on(data, ("n1", "n3"), f"half crashes {event} events into the round", AIM_S)
 
 
-def test_a_run_that_does_not_go_on_says_its_seed() -> None:
-    with pytest.raises(AssertionError, match="seed 77"):
-        Simulation(2, 77).run_until(lambda: False, 5.0)
+def test_five_of_twelve_at_once_and_then_three_of_the_seven() -> None:
+    chaos = steady(12, settings=replace(STEADY, chunk_count=12))
+    for victims in (range(5), range(5, 8)):
+        goal = newest_round(chaos) + 2
+        for i in victims:
+            chaos.simulation.crash(f"n{i}")
+        reach(chaos, goal, 2 * AIM_S)
+    assert len(chaos.simulation.running) == 4
 
 
-# --- a crash at every point of a round ------------------------------------------------------------------------------
-
-STEADY = SimulationSettings(min_members=1, chunk_count=8, inner_steps=4, latency_s=(0.02, 0.06))
-FEW_S = 4.0
-"""To notice, to agree and to exchange once more, beyond the failure timeout."""
-
-
-def steady(seed: int = 1, nodes: int = 4, settings: SimulationSettings = STEADY) -> Simulation:
-    """All nodes are active and have just applied the same round."""
-    simulation = Simulation(nodes, seed, settings)
-    Rules(simulation).watch()
-    simulation.run_until(lambda: all_caught_up(simulation, 3), 120)
-    return simulation
-
-
-def period_s() -> float:
-    simulation = steady()
-    start = simulation.now
-    goal = simulation.nodes["n0"].state[0] + 1
-    simulation.run_until(lambda: all_caught_up(simulation, goal), 20)
-    return simulation.now - start
+def test_one_after_another_down_to_a_single_node_which_is_refilled() -> None:
+    chaos = steady(5)
+    for victim in ("n0", "n3", "n1", "n4"):
+        chaos.simulation.crash(victim)
+        if len(chaos.simulation.running) == 1:
+            break
+        reach(chaos, newest_round(chaos) + 2, 2 * AIM_S)
+    # of two, the one that does not lead cannot know that it is not the one cut off
+    view = chaos.properties.newest
+    assert view is not None
+    if view.leader == chaos.simulation.running[0].id:
+        reach(chaos, newest_round(chaos) + 2, 2 * AIM_S)
 
 
-def in_it_whole(node: SimNode, round: int, chunks: int) -> bool:
-    return node.counted.get(round) == set(range(chunks))
+def test_a_survivor_of_two_that_led_goes_on_alone() -> None:
+    for event, data in points(steady(2), every=EVERY):
+        crash_and_go_on(data, ("n1",), f"the other crashes {event} events into the round", AIM_S)
 
 
-@pytest.mark.parametrize("victim", ["n1", "n2", "n3"])
-def test_a_crash_at_any_point_of_a_round_costs_no_survivor_its_steps(victim: str) -> None:
-    length_s, points = period_s(), 40
-    for point in range(points):
-        simulation = steady()
-        simulation.run_for(length_s * point / points)
-        crashed_in = simulation.nodes["n0"].state[0]
-        rounds = {n.id: n.state[0] for n in simulation.running}
-        simulation.crash(victim)
-        survivors = simulation.running
-        simulation.run_until(lambda: all(n.state[0] >= crashed_in + 2 for n in survivors), 30)  # noqa: B023
-        for node in survivors:
-            for round in range(rounds[node.id], crashed_in + 2):
-                counted = node.counted.get(round)
-                where = f"{victim} crashed {point}/{points} into round {crashed_in}"
-                assert in_it_whole(node, round, STEADY.chunk_count), f"{where}: {node.id}, {round}: {counted}"
+def test_a_survivor_of_two_that_did_not_lead_waits_and_goes_on_once_the_leader_is_back() -> None:
+    chaos = steady(2)
+    chaos.simulation.run_for(1.0)
+    chaos.simulation.crash("n0")
+    left = chaos.simulation.nodes["n1"]
+    chaos.simulation.run_for(30.0)
+    before = left.state
+    steps = steps_of([left])
+    chaos.simulation.run_for(60.0)
+    assert left.state == before
+    assert left.running
+    chaos.simulation.start("n0")
+    reach(chaos, before[0] + 3, 60)
+    assert_counted([left], steps, "the survivor")
 
 
-@pytest.mark.parametrize("victim", ["n1", "n2", "n3"])
-def test_nobody_waits_for_the_dead_much_longer_than_the_failure_timeout(victim: str) -> None:
-    length_s, points = period_s(), 20
-    for point in range(points):
-        simulation = steady(seed=2)
-        simulation.run_for(length_s * point / points)
-        goal = max(n.state[0] for n in simulation.running) + 1
-        simulation.crash(victim)
-        limit_s = STEADY.failure_timeout_s + length_s + FEW_S
-        simulation.run_until(lambda: all(n.state[0] >= goal for n in simulation.running), limit_s)  # noqa: B023
+# --- hung, cut off --------------------------------------------------------------------------------------------------
 
 
-def test_two_crashes_at_once_cost_no_more() -> None:
-    length_s = period_s()
-    for point in range(20):
-        simulation = steady(seed=3)
-        simulation.run_for(length_s * point / 20)
-        goal = max(n.state[0] for n in simulation.running) + 1
-        simulation.crash("n1")
-        simulation.crash("n3")
-        limit_s = STEADY.failure_timeout_s + length_s + FEW_S
-        simulation.run_until(lambda: all(n.state[0] >= goal for n in simulation.running), limit_s)  # noqa: B023
-        assert len(simulation.running) == 2
+@pytest.mark.parametrize("victim", ["n0", "n2"])
+def test_a_node_that_hangs_for_thirty_seconds_is_removed_and_comes_back_by_itself(victim: str) -> None:
+    for event, data in points(steady(), every=3 * EVERY):
+        chaos = Chaos.restored(data)
+        simulation = chaos.simulation
+        goal = newest_round(chaos) + 1
+        simulation.pause(victim)
+        others = [n for n in simulation.running if n.id != victim]
+        simulation.hint = f", {victim} hangs {event} events into the round"
+        simulation.run_until(are_at(others, goal), AIM_S)
+        simulation.run_for(30.0)
+        simulation.resume(victim)
+        reach(chaos, newest_round(chaos) + 3, 40)
 
 
-# --- the leader -----------------------------------------------------------------------------------------------------
+def test_a_pause_shorter_than_the_timeout_changes_no_view() -> None:
+    for victim in ("n0", "n2"):
+        chaos = steady()
+        view = chaos.properties.newest
+        assert view is not None
+        chaos.pause(victim, TIMEOUT_S - 3)
+        reach(chaos, newest_round(chaos) + 2, 20)
+        after = chaos.properties.newest
+        assert after is not None
+        assert (after.epoch, [m.incarnation for m in after.members]) == (
+            view.epoch,
+            [m.incarnation for m in view.members],
+        )
 
 
-def test_without_their_leader_members_end_with_the_same_state_after_four_timeouts() -> None:
-    simulation = steady()
-    simulation.run_for(1.0)
-    simulation.crash("n0")
-    others = [simulation.nodes[n] for n in ("n1", "n2", "n3")]
-    simulation.run_until(lambda: all(n.failure is not None for n in others), PATIENCE * 10 + 5)
-    assert {n.failure.kind for n in others if n.failure} == {"leader_lost"}
-    assert len({n.state for n in others}) == 1
+@pytest.mark.parametrize("minority", [("n3",), ("n0",)])
+def test_the_majority_goes_on_and_the_minority_keeps_its_work_and_comes_back(minority: tuple[str, ...]) -> None:
+    for event, data in points(steady(), every=4 * EVERY):
+        chaos = Chaos.restored(data)
+        simulation = chaos.simulation
+        majority = [n for n in simulation.running if n.id not in minority]
+        cut_off = [n for n in simulation.running if n.id in minority]
+        goal = newest_round(chaos) + 1
+        simulation.split([n.id for n in majority], minority)
+        simulation.hint = f", {minority} cut off {event} events into the round"
+        simulation.run_until(are_at(majority, goal + 1), 2 * AIM_S)
+        simulation.run_for(20.0)
+        at = newest_round(chaos)
+        assert all(n.state[0] <= goal for n in cut_off)
+        steps = steps_of(cut_off)
+        simulation.split()
+        reach(chaos, at + 4, 60)
+        assert_counted(cut_off, steps, simulation.hint)
 
 
-def restarted_leader(*, with_state: bool) -> Simulation:
-    """The leader starts again a few seconds after a crash, with the state that the members have, or with none."""
-    simulation = steady()
-    simulation.run_for(1.0)
-    simulation.crash("n0")
-    simulation.run_for(3.0)
-    state = simulation.nodes["n1"].state
-    simulation.start("n0", state if with_state else None)
-    return simulation
+def test_of_equal_halves_that_with_the_leader_goes_on() -> None:
+    for event, data in points(steady(), every=4 * EVERY):
+        chaos = Chaos.restored(data)
+        simulation = chaos.simulation
+        view = chaos.properties.newest
+        assert view is not None
+        others = [m.id for m in view.members if m.id != view.leader]
+        here, away = (view.leader, others[0]), (others[1], others[2])
+        goal = newest_round(chaos) + 2
+        simulation.split(here, away)
+        simulation.hint = f", split {event} events into the round"
+        simulation.run_until(are_at([simulation.nodes[n] for n in here], goal), 2 * AIM_S)
+        assert all(simulation.nodes[n].state[0] < goal for n in away)
+        simulation.split()
+        reach(chaos, newest_round(chaos) + 3, 60)
 
 
-def test_a_leader_that_starts_again_with_the_state_goes_on_with_the_same_members() -> None:
-    """Defect: its views have low numbers and were ignored, and the run hung without a word."""
-    simulation = restarted_leader(with_state=True)
-    goal = simulation.nodes["n1"].state[0] + 3
-    simulation.run_until(lambda: all_caught_up(simulation, goal), 60)
-    assert len(simulation.running) == 4
+def test_a_link_that_drops_for_two_seconds_every_ten_changes_no_view() -> None:
+    for a, b in (("n0", "n2"), ("n1", "n3")):
+        chaos = steady()
+        view = chaos.properties.newest
+        assert view is not None
+        chaos.simulation.flap(a, b)
+        chaos.simulation.run_for(120.0)
+        after = chaos.properties.newest
+        assert after is not None
+        assert after.epoch == view.epoch
+        assert [(m.id, m.incarnation) for m in after.members] == [(m.id, m.incarnation) for m in view.members]
+        assert newest_round(chaos) > 10
 
 
-def test_a_leader_that_starts_again_from_nothing_does_not_take_the_members_rounds() -> None:
-    """Defect: all of them fetched round 0, and every round that was done was lost."""
-    simulation = restarted_leader(with_state=False)
-    simulation.observers.clear()  # the leader, alone, does the first rounds of another run
-    held = simulation.nodes["n1"].state
-    simulation.run_for(60)
-    for name in ("n1", "n2", "n3"):
-        node = simulation.nodes[name]
-        assert node.state == held
-        assert node.failure is not None
-        assert node.failure.kind == "leader_lost"
+def test_one_dead_direction_of_one_link_stops_nobody_for_long() -> None:
+    for a, b in (("n0", "n2"), ("n2", "n0"), ("n1", "n3")):
+        chaos = steady()
+        chaos.simulation.cut(a, b)
+        chaos.simulation.run_for(60.0)
+        chaos.simulation.heal()
+        reach(chaos, newest_round(chaos) + 3, 60)
+
+
+# --- coming and going -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaver", ["n0", "n2"])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_node_that_leaves_hands_over_at_once(leaver: str, at_once: bool) -> None:
+    for _, data in points(steady(), every=3 * EVERY):
+        chaos = Chaos.restored(data)
+        chaos.leave(leaver, at_once=at_once)
+        others = [n for n in chaos.simulation.running if n.id != leaver]
+        steps = steps_of(others)
+        goal = newest_round(chaos) + 2
+        chaos.simulation.run_until(are_at(others, goal), TIMEOUT_S - 1.0)
+        assert chaos.simulation.nodes[leaver].finished
+        reach(chaos, goal + 1, 10)
+        assert_counted(others, steps, f"{leaver} left")
+
+
+def test_a_run_drained_to_one_node_and_refilled_goes_on_from_where_it_was() -> None:
+    chaos = steady()
+    for leaver in ("n0", "n1", "n2"):
+        chaos.leave(leaver, at_once=False)
+        chaos.simulation.run_until(lambda: chaos.simulation.nodes[leaver].finished, 15)  # noqa: B023
+    at = newest_round(chaos)
+    reach(chaos, at + 2, 20)
+    for name in ("n0", "n1", "n2", "n4"):
+        chaos.simulation.start(name)
+    reach(chaos, newest_round(chaos) + 3, 60)
+    assert len(chaos.simulation.running) == 5
+
+
+def test_all_leave_one_by_one_and_the_last_one_too() -> None:
+    chaos = steady()
+    for leaver in ("n0", "n1", "n2", "n3"):
+        chaos.leave(leaver, at_once=False)
+        chaos.simulation.run_until(lambda: chaos.simulation.nodes[leaver].finished, 20)  # noqa: B023
+
+
+def test_all_leave_together() -> None:
+    chaos = steady()
+    for leaver in ("n0", "n1", "n2", "n3"):
+        chaos.leave(leaver, at_once=False)
+    chaos.simulation.run_until(lambda: all(n.finished for n in chaos.simulation.nodes.values()), 60)
+
+
+def test_a_joiner_is_active_soon_and_ten_at_once_are() -> None:
+    for joiners in (1, 10):
+        chaos = steady()
+        steps, others = steps_of(chaos.simulation.running), chaos.simulation.running
+        chaos.join(joiners)
+        reach(chaos, newest_round(chaos) + 4, 60)
+        assert_counted(others, steps, f"{joiners} joined")
+
+
+def test_the_whole_run_stops_and_starts_again_from_its_disks() -> None:
+    chaos = steady()
+    names = list(chaos.simulation.nodes)
+    for name in names:
+        chaos.simulation.crash(name)
+    at = newest_round(chaos)
+    for name in names:
+        chaos.simulation.start(name)
+    reach(chaos, at + 3, 60)
+
+
+def test_a_member_that_starts_again_at_once_takes_part_again() -> None:
+    for victim in ("n0", "n2"):
+        for wiped in (False, True):
+            for pause_s in (0.0, 2.0, 15.0):
+                chaos = steady()
+                chaos.simulation.run_for(1.0)
+                chaos.crash(victim)
+                chaos.simulation.run_for(pause_s)
+                chaos.restart(victim, wiped=wiped)
+                reach(chaos, newest_round(chaos) + 4, 60)
 
 
 def test_a_run_of_so_many_rounds_ends_for_everybody_with_the_same_state() -> None:
     for seed in range(5):
-        simulation = Simulation(4, seed, SimulationSettings(rounds=5, loss=0.1, min_members=4))
-        Rules(simulation).watch()
-        simulation.run_until(lambda: all(n.finished for n in simulation.nodes.values()), 120)  # noqa: B023
-        assert len({n.state for n in simulation.nodes.values()}) == 1
-        assert {n.state[0] for n in simulation.nodes.values()} == {5}
-
-
-def test_the_leader_is_the_last_to_leave() -> None:
-    simulation = steady()
-    simulation.leave("n0")
-    simulation.run_until(lambda: all(n.finished for n in simulation.nodes.values()), 30)
-
-
-def test_a_member_that_leaves_does_not_hold_up_the_others() -> None:
-    for at_once in (False, True):
-        for point in range(10):
-            simulation = steady(seed=4)
-            simulation.run_for(0.35 * point)
-            simulation.leave("n2", at_once=at_once)
-            goal = max(n.state[0] for n in simulation.running) + 2
-            simulation.run_until(lambda: all(n.state[0] >= goal for n in simulation.running), 12)  # noqa: B023
-            assert simulation.nodes["n2"].finished
-
-
-# --- what went wrong once -------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Drops:
-    """Loses the first ``count`` messages of one kind to one node."""
-
-    kind: type[Message]
-    receiver: str
-    count: int
-    when: Callable[[Message], bool]
-
-    def __call__(self, _sender: str, receiver: str, message: Message) -> bool:
-        hit = self.count > 0 and receiver == self.receiver and isinstance(message, self.kind) and self.when(message)
-        self.count -= hit
-        return hit
-
-
-def test_a_lost_plan_or_commit_is_repaired_by_repeats_in_seconds() -> None:
-    for kind in (Plan, Commit):
-        for receiver in ("n1", "n3"):
-            simulation = steady()
-            simulation.drops = Drops(kind, receiver, 2, lambda _: True)
-            goal = simulation.nodes["n0"].state[0] + 2
-            simulation.run_until(lambda: all_caught_up(simulation, goal), 3 * 3.0 + 6.0)  # noqa: B023
-
-
-def test_a_lost_second_plan_is_repaired_too() -> None:
-    """Once, a node that held all means of the first attempt asked for nothing any more."""
-    for seed in range(8):
-        simulation = in_mid_exchange(seed)
-        simulation.drops = Drops(Plan, "n1", 2, lambda m: isinstance(m, Plan) and m.attempt > 0)
-        simulation.crash("n3")
-        goal = max(n.state[0] for n in simulation.running) + 1
-        simulation.run_until(lambda: all(n.state[0] >= goal for n in simulation.running), 20)  # noqa: B023
-
-
-def test_a_contributor_that_hears_of_the_commit_and_not_of_the_plan_is_counted_once() -> None:
-    """Defect: it took itself for left out, kept its progress, and contributed it again; see ``Rules``."""
-    simulation = steady(settings=replace(STEADY, chunk_count=2))  # n0 and n1 own them
-    simulation.drops = Drops(Plan, "n3", 3, lambda _: True)
-    goal = simulation.nodes["n0"].state[0] + 3
-    simulation.run_until(lambda: all_caught_up(simulation, goal), 30)
-    for round in range(goal - 3, goal):
-        assert in_it_whole(simulation.nodes["n3"], round, 2)
-
-
-def test_a_joiner_is_active_from_the_next_round_on() -> None:
-    """Once, it was activated so late that it was always a round behind."""
-    simulation = steady()
-    simulation.start("n4")
-    start = simulation.nodes["n0"].state[0]
-    simulation.run_until(lambda: is_active(simulation, simulation.nodes["n4"]), 20)
-    assert simulation.nodes["n0"].state[0] <= start + 3
-    first = simulation.nodes["n0"].state[0]
-    simulation.run_until(lambda: all_caught_up(simulation, first + 2), 20)
-    assert in_it_whole(simulation.nodes["n4"], first + 1, STEADY.chunk_count)
-
-
-def test_a_plan_of_a_view_that_a_member_never_saw_is_understood() -> None:
-    """The member sleeps while the view changes twice; the plan is of the one between."""
-    for pause_s in (0.5, 1.5, 2.5, 3.5):
-        simulation = steady(settings=replace(STEADY, failure_timeout_s=3.0))
-        simulation.run_for(1.0)
-        simulation.pause("n2")
-        simulation.start("n4")
-        simulation.crash("n3")
-        simulation.run_for(pause_s)
-        simulation.start("n5")
-        simulation.run_for(0.2)
-        simulation.resume("n2")
-        goal = simulation.nodes["n0"].state[0] + 3
-        simulation.run_until(lambda: all_caught_up(simulation, goal), 60)  # noqa: B023
-
-
-def test_a_node_that_slept_fetches_what_it_missed_and_takes_part_again() -> None:
-    simulation = steady()
-    simulation.pause("n2")
-    simulation.run_for(40.0)
-    simulation.resume("n2")
-    goal = simulation.nodes["n0"].state[0] + 3
-    simulation.run_until(lambda: all_caught_up(simulation, goal), 30)
-
-
-def test_a_leader_that_slept_removes_nobody() -> None:
-    simulation = steady()
-    simulation.pause("n0")
-    simulation.run_for(8.0)
-    simulation.resume("n0")
-    goal = simulation.nodes["n0"].state[0] + 2
-    simulation.run_until(lambda: all_caught_up(simulation, goal), 20)
-    assert not any(n.machines["membership"].incarnation > 1 for n in simulation.running)  # type: ignore[attr-defined]
+        chaos = begin(4, seed, SimulationSettings(rounds=5, loss=0.1, min_members=4))
+        nodes = chaos.simulation.nodes.values()
+        chaos.simulation.run_until(lambda: all(n.finished for n in nodes), 150)  # noqa: B023
+        assert {n.state[0] for n in nodes} == {5}
+        assert len({n.state for n in nodes}) == 1
 
 
 def test_while_there_are_too_few_members_nobody_advances_and_then_all_do() -> None:
-    simulation = steady(nodes=3, settings=replace(STEADY, min_members=3))
-    simulation.crash("n2")
-    simulation.run_for(20.0)
-    stuck = {n.state[0] for n in simulation.running}
+    chaos = steady(3, settings=replace(STEADY, min_members=3))
+    chaos.simulation.crash("n2")
+    chaos.simulation.run_for(30.0)
+    stuck = {n.state[0] for n in chaos.simulation.running}
+    chaos.simulation.run_for(30.0)
+    assert {n.state[0] for n in chaos.simulation.running} == stuck
+    chaos.simulation.start("n2")
+    reach(chaos, max(stuck) + 2, 40)
+
+
+# --- unequal nodes --------------------------------------------------------------------------------------------------
+
+
+def test_a_straggler_keeps_its_progress_and_counts_in_a_later_round() -> None:
+    chaos = begin(3, settings=replace(STEADY, step_s_of={"n2": 2.0}, straggler_timeout_s=1.0))
+    simulation = chaos.simulation
+    simulation.run_for(60.0)
+    slow, quick = simulation.nodes["n2"], simulation.nodes["n1"]
+    assert quick.state[0] > 12  # nobody waits eight seconds a round for it
+    steps = steps_of([slow])
+    assert len(slow.counted) > 2
     simulation.run_for(30.0)
-    assert {n.state[0] for n in simulation.running} == stuck
-    simulation.start("n2")
-    simulation.run_until(lambda: all_caught_up(simulation, max(stuck) + 2), 30)
+    assert_counted([slow], steps, "the straggler")
 
 
-# --- the properties can fail ----------------------------------------------------------------------------------------
+def test_rounds_of_so_many_seconds_count_unequal_steps() -> None:
+    chaos = begin(3, settings=replace(STEADY, seconds=3.0, step_s_of={"n2": 1.0}))
+    reach(chaos, 6, 60)
+    slow, quick = chaos.simulation.nodes["n2"], chaos.simulation.nodes["n1"]
+    assert slow.steps < quick.steps
+    assert set(slow.counted) >= {3, 4, 5}
 
 
-def breaks(match: str, seeds: Iterable[int], run: Callable[[int], object]) -> None:
-    with pytest.raises(BrokenRuleError, match=match):
-        for seed in seeds:
-            run(seed)
+def test_chunks_follow_measured_bandwidth() -> None:
+    fast, slow = 40e6, 4e6
+    links = {"n0": fast, "n1": fast, "n2": fast, "n3": slow}
+    settings = replace(STEADY, chunk_count=24, bytes_per_s_of=links, fetch_timeout_s=300.0)
+    chaos = begin(4, settings=settings)
+    chaos.simulation.run_until(are_at(chaos.simulation.running, 10), 900)
+    view = chaos.properties.newest
+    assert view is not None
+    weights = {m.id: m.weight for m in view.members}
+    assert weights["n3"] < min(weights["n0"], weights["n1"], weights["n2"]) / 2
 
 
-def in_mid_exchange(seed: int) -> Simulation:
-    """The leader works on a plan."""
-    simulation = steady(seed)
-    exchange = simulation.nodes["n0"].machines["exchange"]
-    assert isinstance(exchange, Exchange)
-    simulation.run_until(lambda: exchange.attempt is not None and exchange.commit is None, 10)
-    return simulation
+def test_a_witness_votes_and_lets_one_of_two_trainers_go_on_without_the_leader() -> None:
+    chaos = steady(3, settings=replace(STEADY, witnesses=frozenset({"n2"})))
+    chaos.simulation.crash("n0")
+    reach(chaos, newest_round(chaos) + 2, 2 * AIM_S)
+    assert chaos.simulation.nodes["n2"].steps == 0
 
 
-def crash_in_mid_exchange(seed: int) -> None:
-    simulation = in_mid_exchange(seed)
-    simulation.crash("n3")
-    simulation.run_for(30.0)
+@pytest.mark.parametrize("hidden", [("n3",), ("n1", "n2", "n3")])
+def test_nodes_behind_nat_take_part(hidden: tuple[str, ...]) -> None:
+    chaos = begin(4, settings=replace(STEADY, nat=frozenset(hidden)))
+    reach(chaos, 4, 60)
+    for name in hidden:
+        node = chaos.simulation.nodes[name]
+        assert_counted([node], {name: STEADY.inner_steps}, name)
+    chaos.simulation.crash(hidden[0])
+    reach(chaos, newest_round(chaos) + 2, 2 * AIM_S)
 
 
-def test_applying_before_the_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    say_have = Exchange._say_have
-
-    def eager(self: Exchange, now: float, out: list[Effect]) -> None:
-        say_have(self, now, out)
-        attempt = self.attempt
-        if attempt is not None and attempt.digest is not None and self.commit is None:
-            early = Commit(
-                round=attempt.round,
-                epoch=attempt.epoch,
-                attempt=attempt.attempt,
-                digest=attempt.digest,
-                chain=bytes(32),
-            )
-            self.chain, self.commit = None, early
-            self._hand_over(out)
-
-    monkeypatch.setattr(Exchange, "_say_have", eager)
-    breaks("not committed", range(5), crash_in_mid_exchange)
+# --- single messages ------------------------------------------------------------------------------------------------
 
 
-def test_accepting_a_lower_attempt_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_plan = Exchange._on_plan
-
-    def credulous(self: Exchange, peer: str, plan: Plan, out: list[Effect]) -> None:
-        attempt = self.attempt
-        lower = attempt is not None and (plan.epoch, plan.attempt) < attempt.number
-        self.attempt = None if lower else attempt
-        on_plan(self, peer, plan, out)
-        self.attempt = self.attempt or attempt
-
-    def late_copies(seed: int) -> None:
-        """Answers to repeated messages are slow enough to arrive after the next plan."""
-        simulation = in_mid_exchange(seed)
-        simulation.crash("n3")
-        simulation.settings = replace(STEADY, latency_s=(0.05, 2.5))
-        simulation.run_for(40.0)
-
-    monkeypatch.setattr(Exchange, "_on_plan", credulous)
-    breaks("went from attempt", range(20), late_copies)
+@pytest.mark.parametrize("kind", [Plan, ViewUpdate])
+def test_a_lost_message_is_repaired_by_repeats_in_seconds(kind: type[Message]) -> None:
+    for receiver in ("n1", "n3"):
+        chaos = steady()
+        chaos.simulation.network.drops = Drops(kind, receiver, 2)
+        reach(chaos, newest_round(chaos) + 2, 3 * 3.0 + 6.0)
 
 
-def test_counting_a_member_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    reduce = Exchange._reduce_if_all_here
-
-    def doubled(self: Exchange, attempt: Attempt, chunk: int, out: list[Effect]) -> None:
-        before = len(out)
-        reduce(self, attempt, chunk, out)
-        for i in range(before, len(out)):
-            made = out[i]
-            if isinstance(made, Reduce):
-                out[i] = Reduce(
-                    key=made.key,
-                    contributors=(*made.contributors, made.contributors[0]),
-                    weights=(*made.weights, made.weights[0]),
-                    members=made.members,
-                )
-
-    monkeypatch.setattr(Exchange, "_reduce_if_all_here", doubled)
-    breaks("counts a contribution twice", [1], steady)
+def test_a_second_plan_that_is_lost_is_repaired_too() -> None:
+    for _, data in points(steady(), every=4 * EVERY):
+        chaos = Chaos.restored(data)
+        chaos.simulation.crash("n3")
+        chaos.simulation.network.drops = Drops(Plan, "n1", 2)
+        goal = newest_round(chaos) + 1
+        chaos.simulation.run_until(are_at(chaos.simulation.running, goal), AIM_S + 3)
 
 
-def test_keeping_progress_that_is_counted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This was a defect: who heard of a commit before its plan followed it at once, in no place of it."""
-    on_commit = Exchange._on_commit
-
-    def hasty(self: Exchange, commit: Commit, out: list[Effect]) -> None:
-        weight = self.weight
-        if self._planned(commit) is None:
-            self.weight = None
-        on_commit(self, commit, out)
-        self.weight = weight
-
-    def lost_plan(seed: int) -> None:
-        """The last plan before a crash is lost by a node that owns nothing, so that the others commit without it."""
-        simulation = steady(seed, settings=replace(STEADY, chunk_count=2))
-        simulation.drops = Drops(Plan, "n3", 3, lambda _: True)
-        simulation.run_for(20.0)
-
-    monkeypatch.setattr(Exchange, "_on_commit", hasty)
-    breaks("is kept for the next round", range(3), lost_plan)
-
-
-def test_committing_without_a_majority_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A leader that commits what the first member says, and forgets it, commits twice."""
-    try_commit = Coordinator._try_commit
-
-    def forgetful(self: Coordinator) -> list[Answer]:
-        answers = try_commit(self)
-        if answers and self.plan is not None:
-            self.commits.pop(self.plan.round, None)
-        return answers
-
-    monkeypatch.setattr(Coordinator, "_try_commit", forgetful)
-    breaks("not committed|two commits", range(3), steady)
-
-
-def test_a_run_that_hangs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A leader that does not repeat its plan: whoever misses it is waited for until the limit."""
-    on_ready = Coordinator.on_ready
-
-    def deaf(self: Coordinator, peer: str, ready: Ready) -> list[Answer]:
-        return [] if self.plan is not None else on_ready(self, peer, ready)
-
-    monkeypatch.setattr(Coordinator, "on_ready", deaf)
-    with pytest.raises(AssertionError, match="not within 150 s; seed"):
-        for seed in range(30):
-            run_schedule(seed)
+def test_without_corruption_nobody_ever_says_that_states_differ() -> None:
+    chaos = steady()
+    chaos.pause("n2", 40.0)
+    reach(chaos, newest_round(chaos) + 3, 40)
+    assert not [f for n in chaos.simulation.processes for f in n.facts if isinstance(f, StateDiverged)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from prime_async.config.schema import MAX_ROUND_STEPS
 from prime_async.machines.facts import HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
-from prime_async.machines.training import MAX_NON_FINITE, Training, TrainingSettings
+from prime_async.machines.training import MAX_NON_FINITE, MAX_STEPS, Training, TrainingSettings
 from prime_async.machines.vocabulary import (
     Applied,
     Apply,
+    AskAgain,
     Begin,
     ContributionFixed,
     Effect,
@@ -33,15 +35,22 @@ from prime_async.machines.vocabulary import (
     StopSteps,
     Tick,
     ViewChanged,
+    WakeAt,
 )
+from prime_async.messages import MAX_TOKENS
 from tests.machine_harness import facts, member, of, told, view
 
 DIGEST = b"d" * 32
 
 
-def training(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1) -> Training:
+def training(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1, seconds: float = 0.0) -> Training:
     settings = TrainingSettings(
-        me="n1", inner_steps=10, rounds=rounds, evaluate_every=evaluate_every, min_members=min_members
+        me="n1",
+        inner_steps=0 if seconds else 10,
+        seconds=seconds,
+        rounds=rounds,
+        evaluate_every=evaluate_every,
+        min_members=min_members,
     )
     node = Training(settings)
     node.handle(0.0, StateAt(round=0, digest=DIGEST))
@@ -58,8 +67,8 @@ def seen(*, active: bool = True, others: int = 1) -> ViewChanged:
     return ViewChanged(view=view(2, *peers, member("n1", active=active)))
 
 
-def stepping(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1) -> Training:
-    node = training(rounds, evaluate_every, min_members)
+def stepping(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1, seconds: float = 0.0) -> Training:
+    node = training(rounds, evaluate_every, min_members, seconds)
     give(node, seen(others=min_members), Begin(round=0), Evaluated(loss=5.0))
     assert node.phase == "stepping"
     return node
@@ -77,7 +86,7 @@ def exchanging(rounds: int = 0, min_members: int = 1) -> Training:
 
 
 def means(round: int = 0, position: int = 1) -> MeansCommitted:
-    return MeansCommitted(round=round, epoch=1, attempt=0, position=position)
+    return MeansCommitted(round=round, position=position)
 
 
 def applied(round: int = 1) -> Applied:
@@ -113,7 +122,7 @@ def test_inner_steps_then_the_contribution_then_the_means_then_the_outer_step() 
     assert of(Encode, effects) == [Encode(round=0)]
     effects = give(node, Encoded(round=0, finite=True))
     assert told(effects, "exchange") == [ContributionFixed(round=0, weight=100)]
-    assert give(node, means()) == [Apply(round=0, epoch=1, attempt=0, position=1)]
+    assert give(node, means()) == [Apply(round=0, position=1)]
     effects = give(node, applied())
     for actor in ("checkpoint", "exchange", "membership"):
         assert told(effects, actor) == [StateAt(round=1, digest=DIGEST)]
@@ -139,7 +148,8 @@ def test_nothing_else_touches_the_tensors_meanwhile(while_in: str) -> None:
     if while_in == "restoring":
         give(node, Encoded(round=0, finite=False))
     assert node.phase == while_in
-    assert give(node, means(), seen(), Begin(round=0), Leave()) == []
+    effects = give(node, means(), seen(), Begin(round=0), Leave())
+    assert effects == ([StopSteps()] if while_in == "stepping" else [])
 
 
 @pytest.mark.parametrize("outcome", [[done()], [done(), Encoded(round=0, finite=True)]])
@@ -148,7 +158,7 @@ def test_means_that_come_early_are_applied_as_soon_as_the_tensors_are_free(outco
     if len(outcome) == 2:
         give(node, outcome[0])
     give(node, means(position=-1))
-    assert of(Apply, give(node, outcome[-1])) == [Apply(round=0, epoch=1, attempt=0, position=-1)]
+    assert of(Apply, give(node, outcome[-1])) == [Apply(round=0, position=-1)]
 
 
 def test_a_node_that_is_not_active_applies_committed_means() -> None:
@@ -161,8 +171,8 @@ def test_a_node_that_is_not_active_applies_committed_means() -> None:
 def test_tokens_of_progress_that_was_not_counted_add_up() -> None:
     """Defect: they were forgotten with the round, and the progress weighed too little in the next one."""
     node = stepping()
-    give(node, means(position=-1), done(tokens=100), applied())
-    effects = give(node, done(tokens=40), Encoded(round=1, finite=True))
+    give(node, means(position=-1), done(steps=6, tokens=100), applied())
+    effects = give(node, done(steps=4, tokens=40), Encoded(round=1, finite=True))
     assert told(effects, "exchange") == [ContributionFixed(round=1, weight=140)]
     give(node, means(round=1), applied(2))
     effects = give(node, done(tokens=40), Encoded(round=2, finite=True))
@@ -175,6 +185,158 @@ def test_stale_means_are_dropped() -> None:
     assert node.round == 1
     assert give(node, means(round=0)) == []
     assert of(Encode, give(node, done())) == [Encode(round=1)]  # and do not make it spin
+
+
+# --- slow nodes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_is_still_stepping_when_the_round_is_committed_stops_applies_and_does_the_rest() -> None:
+    node = stepping()
+    assert give(node, means(position=-1)) == [StopSteps()]
+    assert give(node, means(position=-1)) == []
+    effects = give(node, done(steps=3, tokens=30))
+    assert of(Apply, effects) == [Apply(round=0, position=-1)]
+    assert not of(Encode, effects)
+    effects = give(node, applied())
+    assert [fact.tokens for fact in facts(RoundFinished, effects)] == [0]
+    assert of(RunSteps, effects) == [RunSteps(round=1, steps=7)]
+
+
+def test_steps_carry_over_as_many_rounds_as_it_takes() -> None:
+    node = stepping()
+    for round in range(3):
+        give(node, means(round, position=-1), done(steps=3, tokens=30))
+        assert of(RunSteps, give(node, applied(round + 1))) == [RunSteps(round=round + 1, steps=7 - 3 * round)]
+    effects = give(node, done(steps=1, tokens=10), Encoded(round=3, finite=True))
+    assert told(effects, "exchange") == [ContributionFixed(round=3, weight=100)]
+    effects = give(node, means(3, position=2), applied(4))
+    assert [fact.tokens for fact in facts(RoundFinished, effects)] == [100]
+    assert of(RunSteps, effects) == [RunSteps(round=4, steps=10)]
+
+
+def test_a_node_that_had_done_all_its_steps_contributes_at_once() -> None:
+    too_late = stepping()
+    give(too_late, means(position=-1), done())
+    missed = exchanging()
+    give(missed, means(position=-1))
+    for node in (too_late, missed):
+        effects = give(node, applied())
+        assert of(Encode, effects) == [Encode(round=1)]
+        assert not of(RunSteps, effects)
+        assert told(give(node, Encoded(round=1, finite=True)), "exchange") == [ContributionFixed(round=1, weight=100)]
+
+
+def test_progress_that_is_not_finite_takes_what_was_carried_over_with_it() -> None:
+    node = stepping()
+    give(node, means(position=-1), done(steps=3, tokens=30), applied())
+    give(node, done(steps=7, tokens=70), Encoded(round=1, finite=False))
+    assert of(RunSteps, give(node, Restored())) == [RunSteps(round=1, steps=10)]
+
+
+def test_a_slow_node_that_was_told_to_leave_does_not_begin_another_round() -> None:
+    node = stepping(rounds=7)
+    give(node, Leave(), means(position=-1), done(steps=3))
+    effects = give(node, applied())
+    assert of(Evaluate, effects)
+    assert of(Save, give(node, Evaluated(loss=1.0)))
+
+
+def test_means_of_a_round_to_come_wait_for_it() -> None:
+    node = stepping()
+    assert give(node, means(round=5)) == []
+    give(node, Halt(), done(steps=2))
+    assert give(node, Begin(round=5)) == [Apply(round=5, position=1)]
+
+
+# --- rounds that end with the clock ---------------------------------------------------------------------------------
+
+
+def test_a_round_of_seconds_ends_with_the_step_that_is_under_way_then() -> None:
+    node = training(seconds=5.0)
+    give(node, seen(), Begin(round=0))
+    effects = node.handle(10.0, Evaluated(loss=5.0))
+    assert of(RunSteps, effects) == [RunSteps(round=0, steps=MAX_STEPS)]
+    assert of(WakeAt, effects) == [WakeAt(at=15.0)]
+    assert node.handle(15.0, Tick()) == [StopSteps()]
+    assert of(Encode, node.handle(15.2, done(steps=1))) == [Encode(round=0)]
+
+
+def test_a_tick_that_comes_too_early_is_wished_for_again_and_one_that_comes_too_late_is_harmless() -> None:
+    node = stepping(seconds=5.0)
+    at = node.steps_until
+    assert node.handle(at - 1.0, Tick()) == [WakeAt(at=at)]
+    node.handle(at, Tick())
+    assert node.handle(at, Tick()) == []
+    node.handle(at + 1.0, done())
+    assert node.phase == "encoding"
+    assert node.handle(at + 2.0, Tick()) == []
+    assert stepping().handle(1e6, Tick()) == []  # a round of steps has no clock
+
+
+def test_a_slow_node_in_a_round_of_seconds_does_the_seconds_that_are_left() -> None:
+    node = stepping(seconds=5.0)
+    give(node, means(position=-1), done(steps=40))  # took 2 seconds
+    effects = node.handle(20.0, applied())
+    assert of(RunSteps, effects) == [RunSteps(round=1, steps=MAX_STEPS - 40)]
+    assert of(WakeAt, effects) == [WakeAt(at=23.0)]
+    node.handle(23.0, Tick())
+    effects = give(node, done(steps=60), Encoded(round=1, finite=True), means(1), applied(2))
+    assert of(WakeAt, effects) == [WakeAt(at=9.0)]  # counted: five seconds again, from second 4.0 on
+
+
+def test_seconds_that_end_while_the_node_stops_for_the_means_are_a_contribution() -> None:
+    node = stepping(seconds=5.0)
+    node.handle(2.0, means(position=-1))
+    assert node.handle(node.steps_until, Tick()) == []
+    give(node, done(steps=3))
+    assert of(Encode, give(node, applied())) == [Encode(round=1)]
+
+
+def test_steps_that_come_to_an_end_before_the_clock_are_a_contribution() -> None:
+    assert of(Encode, give(stepping(seconds=5.0), done(steps=MAX_STEPS))) == [Encode(round=0)]
+    assert MAX_STEPS == MAX_ROUND_STEPS
+
+
+def test_a_contribution_weighs_no_more_than_the_protocol_can_say() -> None:
+    node = stepping(seconds=5.0)
+    effects = give(node, done(tokens=MAX_TOKENS + 1), Encoded(round=0, finite=True))
+    assert told(effects, "exchange") == [ContributionFixed(round=0, weight=MAX_TOKENS)]
+
+
+# --- witnesses ------------------------------------------------------------------------------------------------------
+
+
+def witness(rounds: int = 0) -> Training:
+    node = Training(TrainingSettings(me="n1", inner_steps=10, rounds=rounds, witness=True))
+    node.handle(0.0, StateAt(round=0, digest=DIGEST))
+    assert give(node, seen(), Begin(round=0)) == []
+    return node
+
+
+def test_a_witness_applies_what_is_committed_and_does_nothing_else() -> None:
+    node = witness()
+    assert give(node, means(position=-1)) == [Apply(round=0, position=-1)]
+    effects = give(node, applied())
+    for actor in ("checkpoint", "exchange", "membership"):
+        assert told(effects, actor) == [StateAt(round=1, digest=DIGEST)]
+    assert not of(RunSteps, effects)
+    assert not of(Evaluate, effects)
+
+
+def test_a_witness_leaves_when_it_is_told_to_and_when_the_run_is_over() -> None:
+    assert give(witness(), Leave()) == [Save()]
+    ending = witness(rounds=1)
+    assert of(Save, give(ending, means(position=-1), applied()))
+    applying = witness()
+    assert give(applying, means(position=-1), Leave()) == [Apply(round=0, position=-1)]
+    assert of(Save, give(applying, applied()))
+
+
+def test_witnesses_do_not_count_as_members_that_train() -> None:
+    node = training(min_members=2)
+    crowd = [member("w", witness=True), member("n1")]
+    assert give(node, ViewChanged(view=view(2, *crowd)), Begin(round=0)) == []
+    assert give(node, ViewChanged(view=view(3, *crowd, member("n2")))) == [Evaluate(round=0)]
 
 
 # --- NaN and infinity -----------------------------------------------------------------------------------------------
@@ -309,16 +471,31 @@ def test_told_to_halt_while_it_rests_it_answers_at_once() -> None:
         assert told(give(node, Halt()), "checkpoint") == [Halted()]
 
 
-def test_told_to_begin_after_a_halt_it_goes_on_with_the_new_state() -> None:
+def test_what_was_offered_to_a_round_whose_commit_was_missed_is_given_up() -> None:
+    """Defect: it may have been counted there, and was contributed again."""
     node = exchanging()
     give(node, Halt())
-    assert of(RunSteps, give(node, Begin(round=5))) == [RunSteps(round=5, steps=10)]
-    effects = give(node, done(tokens=30), Encoded(round=5, finite=True))
-    assert told(effects, "exchange") == [ContributionFixed(round=5, weight=30)]
+    assert give(node, Begin(round=5)) == [Restore()]
+    assert give(node, Restored()) == [RunSteps(round=5, steps=10)]
+
+
+def test_a_node_that_fell_behind_keeps_its_steps_and_tokens_and_does_the_rest() -> None:
+    node = stepping()
+    give(node, Halt(), done(steps=7, tokens=70))
+    assert give(node, Begin(round=5)) == [RunSteps(round=5, steps=3)]
+    effects = give(node, done(steps=3, tokens=30), Encoded(round=5, finite=True))
+    assert told(effects, "exchange") == [ContributionFixed(round=5, weight=100)]
+
+
+def test_a_node_that_had_contributed_and_was_halted_contributes_the_same_again() -> None:
+    """Defect: it trained on, and served other bytes under the name of the contribution that peers might hold."""
+    node = exchanging()
+    give(node, Halt())
+    assert give(node, Begin(round=0)) == [Encode(round=0)]
 
 
 def test_means_handed_over_just_before_a_halt_are_applied_only_if_they_are_still_the_rounds() -> None:
-    for round, expected in ((0, [Apply(round=0, epoch=1, attempt=0, position=1)]), (5, [])):
+    for round, expected in ((0, [Apply(round=0, position=1)]), (5, [])):
         node = stepping()
         give(node, Halt(), means(), done(steps=2))
         effects = give(node, Begin(round=round))
@@ -331,7 +508,7 @@ def test_told_to_begin_before_it_could_halt_it_does_not_halt() -> None:
     give(node, Halt(), Begin(round=0))
     effects = give(node, done(steps=4, tokens=40))
     assert not told(effects, "checkpoint")
-    assert of(Encode, effects)
+    assert of(RunSteps, effects) == [RunSteps(round=0, steps=6)]
 
 
 def test_a_node_that_leaves_while_it_halts_saves_before_anybody_touches_the_tensors() -> None:
@@ -344,5 +521,5 @@ def test_a_node_that_leaves_while_it_halts_saves_before_anybody_touches_the_tens
 
 
 def test_an_event_that_means_nothing_to_it_is_a_mistake() -> None:
-    with pytest.raises(TypeError, match="Tick"):
-        training().handle(0.0, Tick())
+    with pytest.raises(TypeError, match="AskAgain"):
+        training().handle(0.0, AskAgain())

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
+import trio.testing
 from blake3 import blake3
 
 from prime_async.errors import ChunkUnavailableError, DeadlineError, LocalError, PeerUnreachableError, ProtocolError
 from prime_async.messages import ChunkInfo, Found, Get, Member, Missing, Ready, View, ViewUpdate, encode
-from prime_async.transport.base import Chunk, Denied, Received, Transport, Violation
+from prime_async.transport.base import Chunk, Denied, Reachable, Received, Transport, Violation
 from prime_async.transport.bulk import UNANSWERED_PER_WINDOW
 from prime_async.transport.inbox import MAX_NOTICES, Inbox
+from prime_async.transport.reach import Reach
 from tests.transport_harness import (
     PATIENCE_S,
     Harness,
@@ -92,8 +94,8 @@ class Fetch:
 
 async def test_a_message_arrives_with_the_id_of_its_sender(net: Harness) -> None:
     a, b = await two(net)
-    assert a.send(b.id, Ready(round=4, weight=1000))
-    assert await next_notice(b, Received) == Received(net.network.id("a"), Ready(round=4, weight=1000))
+    assert a.send(b.id, Ready(round=4, weight=1000, incarnation=1))
+    assert await next_notice(b, Received) == Received(net.network.id("a"), Ready(round=4, weight=1000, incarnation=1))
 
 
 async def test_messages_of_one_peer_arrive_in_order(net: Harness) -> None:
@@ -151,9 +153,9 @@ async def test_a_full_queue_drops_and_counts_and_never_waits(net: Harness) -> No
 async def test_a_message_that_its_receiver_would_refuse_is_not_sent(net: Harness) -> None:
     a, b = await two(net)
     member = Member(id="m", name="n" * 64, incarnation=0, control="c" * 256, bulk="b" * 256)
-    view = View(epoch=0, number=0, leader="m", members=(member,) * 2000)
+    view = View(lineage=bytes(32), previous=bytes(32), epoch=0, number=0, leader="m", members=(member,) * 2000)
     with pytest.raises(LocalError, match=r"ViewUpdate takes .* bytes, and a control message at most 1048576"):
-        a.send(b.id, ViewUpdate(view=view))
+        a.send(b.id, ViewUpdate(epoch=0, decided=True, view=view))
 
 
 async def test_after_hanging_up_nothing_is_sent(net: Harness) -> None:
@@ -412,6 +414,144 @@ async def test_a_peer_may_be_dialled_before_it_is_there(net: Harness) -> None:
     assert await hear(b) == (a.id, "early")
 
 
+# Nodes behind NAT
+
+
+async def behind_nat(net: Harness) -> tuple[Transport, Transport]:
+    """A node behind NAT, and one in the open, that have dialled each other, the second in vain."""
+    inner, outer = await net.open("inner"), await net.open("outer")
+    addresses = net.network.put_behind_nat(inner)
+    dial(inner, outer)
+    outer.dial(inner.id, *addresses)
+    return inner, outer
+
+
+async def test_a_node_behind_nat_talks_both_ways_over_the_connections_that_it_dialled(net: Harness) -> None:
+    inner, outer = await behind_nat(net)
+    inner.send(outer.id, note("from inside"))
+    assert await hear(outer) == (inner.id, "from inside")
+    assert await next_notice(outer, Reachable) == Reachable(inner.id, False)
+    for text in ("one", "two"):
+        assert outer.send(inner.id, note(text))
+        assert await hear(inner) == (outer.id, text)
+
+
+async def test_a_node_behind_nat_gets_and_serves_over_the_connections_that_it_dialled(net: Harness) -> None:
+    inner, outer = await behind_nat(net)
+    shelves = {node.id: Shelf() for node in (inner, outer)}
+    for node in (inner, outer):
+        node.serve(shelves[node.id])
+        shelves[node.id].put(chunk_key(), node.id.encode())
+    assert await next_notice(inner, Reachable) == Reachable(outer.id, True)
+    assert bytes((await inner.get(outer.id, chunk_key(), FOREVER_S)).payload) == outer.id.encode()
+    assert bytes((await outer.get(inner.id, chunk_key(), FOREVER_S)).payload) == inner.id.encode()
+    assert await next_notice(outer, Reachable) == Reachable(inner.id, False)
+    assert bytes((await outer.get(inner.id, chunk_key(), FOREVER_S)).payload) == inner.id.encode()
+
+
+async def test_two_nodes_behind_nat_learn_that_they_cannot_reach_each_other(net: Harness) -> None:
+    a, b = await net.open("a"), await net.open("b")
+    addresses = {node.id: net.network.put_behind_nat(node) for node in (a, b)}
+    a.dial(b.id, *addresses[b.id])
+    b.dial(a.id, *addresses[a.id])
+    with trio.fail_after(PATIENCE_S), pytest.raises(PeerUnreachableError, match="whoever dialled"):
+        await a.get(b.id, chunk_key(), FOREVER_S)
+    for one, other in ((a, b), (b, a)):
+        assert await next_notice(one, Reachable) == Reachable(other.id, False)
+        assert not one.send(other.id, note("nobody hears this"))
+    with trio.fail_after(PATIENCE_S), pytest.raises(PeerUnreachableError):
+        await a.get(b.id, chunk_key(), FOREVER_S)
+
+
+# Who can be dialled
+
+
+async def test_it_is_told_once_that_a_peer_can_be_dialled(net: Harness) -> None:
+    a, b = await two(net)
+    assert await next_notice(a, Reachable) == Reachable(b.id, True)
+    dial(a, b)
+    await say_until_heard(a, b, "still here")
+    for node in (a, b):
+        with pytest.raises(trio.WouldBlock):
+            node.notices.receive_nowait()
+
+
+async def test_control_alone_is_enough_where_only_control_was_dialled(net: Harness) -> None:
+    a, b = await net.open("a"), await net.open("b")
+    a.dial(b.id, b.control_address, "")
+    assert await next_notice(a, Reachable) == Reachable(b.id, True)
+
+
+@pytest.mark.parametrize("bulk_is_there", [True, False])
+async def test_a_peer_that_is_dialled_for_bulk_later_is_judged_anew_by_both(net: Harness, bulk_is_there: bool) -> None:
+    a, b = await net.open("a"), await net.open("b")
+    a.dial(b.id, b.control_address, "")
+    assert await next_notice(a, Reachable) == Reachable(b.id, True)
+    _, _, nowhere = net.network.nowhere()
+    a.dial(b.id, b.control_address, b.bulk_address if bulk_is_there else nowhere)
+    assert await next_notice(a, Reachable) == Reachable(b.id, bulk_is_there)
+    assert a.send(b.id, note("control goes on"))
+    assert await hear(b) == (a.id, "control goes on")
+
+
+async def test_it_is_told_when_a_peer_is_lost_and_when_it_is_back(net: Harness) -> None:
+    a, b = await two(net)
+    assert await next_notice(a, Reachable) == Reachable(b.id, True)
+    await net.close("b")
+    assert await next_notice(a, Reachable) == Reachable(b.id, False)
+    assert not a.send(b.id, note("into a queue that nobody empties"))
+    await net.open("b")
+    assert await next_notice(a, Reachable) == Reachable(b.id, True)
+    assert a.send(b.id, note("welcome back"))
+
+
+async def test_nothing_is_told_of_a_peer_that_is_soon_back(net: Harness) -> None:
+    a, b = await two(net, Options(unreachable_s=PATIENCE_S))
+    assert await next_notice(a, Reachable) == Reachable(b.id, True)
+    await net.close("b")
+    b = await net.open("b")
+    await say_until_heard(a, b, "I am back")
+    with pytest.raises(trio.WouldBlock):
+        a.notices.receive_nowait()
+
+
+async def test_what_is_no_address_is_told_as_not_reachable(net: Harness) -> None:
+    a = await net.open("a")
+    a.dial(net.network.id("b"), "no address", "nor this")
+    assert await next_notice(a, Reachable) == Reachable(net.network.id("b"), False)
+
+
+async def test_nothing_is_told_of_a_peer_that_was_hung_up_on(net: Harness) -> None:
+    a = await net.open("a", Options(unreachable_s=0.05))
+    for name in ("b", "c"):
+        a.dial(net.network.id(name), *net.network.nowhere()[1:])
+    a.hang_up(net.network.id("b"))
+    assert await next_notice(a, Reachable) == Reachable(net.network.id("c"), False)
+    with pytest.raises(trio.WouldBlock):
+        a.notices.receive_nowait()
+
+
+async def test_what_finds_no_room_among_the_notices_is_told_later(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    del autojump_clock
+    told: list[tuple[str, bool, float]] = []
+
+    def tell(peer: str, reachable: bool) -> bool:
+        told.append((peer, reachable, trio.current_time()))
+        return len(told) > 2
+
+    reach = Reach(nursery, tell, unreachable_s=5.0)
+    reach.dialled("a")
+    reach.changed("a", True)
+    await trio.sleep(60)
+    assert [(peer, reachable, round(at)) for peer, reachable, at in told] == [
+        ("a", True, 0),
+        ("a", True, 5),
+        ("a", True, 10),
+    ]
+
+
 # Peers that misbehave
 
 
@@ -525,6 +665,7 @@ async def test_a_denied_key_is_told_once_to_the_dialler_and_nothing_of_it_is_hea
     dial(a, b)
     a.send(b.id, note("good day"))
     assert await hear(b) == (a.id, "good day")
+    assert await next_notice(m, Reachable) == Reachable(b.id, False)
     with pytest.raises(trio.WouldBlock):
         m.notices.receive_nowait()
 

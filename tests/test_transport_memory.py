@@ -9,9 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from prime_async.errors import AddressInUseError, DeadlineError
-from prime_async.transport.base import Received, Transport
-from prime_async.transport.memory import MemoryNetwork
+from prime_async.errors import AddressInUseError, DeadlineError, PeerUnreachableError
+from prime_async.transport.base import Reachable, Received, Transport
+from prime_async.transport.memory import SILENCE_S, MemoryNetwork
+from prime_async.transport.reach import UNREACHABLE_S
 from tests.transport_harness import Shelf, chunk_key, dial, hear, next_notice, note
 
 
@@ -82,11 +83,27 @@ async def test_a_partition_is_silent_and_heals(autojump_clock: trio.testing.Mock
         network.partition(["a"], ["b"])
         assert a.send(b.id, note("lost"))
         with pytest.raises(DeadlineError):
-            await a.get(b.id, chunk_key(), 100.0)
+            await a.get(b.id, chunk_key(), 5.0)
         network.heal()
         await a.get(b.id, chunk_key(), 1.0)
         a.send(b.id, note("heard"))
         assert await hear(b) == ("a", "heard")
+
+
+async def test_a_partition_is_noticed_after_a_while(autojump_clock: trio.testing.MockClock) -> None:
+    del autojump_clock
+    network = MemoryNetwork(7)
+    async with two(network) as (a, b):
+        assert await next_notice(a, Reachable) == Reachable("b", True)
+        network.partition(["a"], ["b"])
+        since = trio.current_time()
+        with pytest.raises(PeerUnreachableError):
+            await a.get(b.id, chunk_key(), 100.0)
+        assert trio.current_time() - since == pytest.approx(SILENCE_S + UNREACHABLE_S)
+        assert await next_notice(a, Reachable) == Reachable("b", False)
+        network.heal()
+        with trio.fail_after(1.0):
+            assert await next_notice(a, Reachable) == Reachable("b", True)
 
 
 async def test_a_get_that_waits_through_a_partition_is_answered_after_it(

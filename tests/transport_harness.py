@@ -38,6 +38,7 @@ class Options:
     window: int = 16
     max_violations: int = 3
     max_payload_bytes: int = 8 << 20
+    unreachable_s: float = 1.0
 
 
 class Network(Protocol):
@@ -53,6 +54,10 @@ class Network(Protocol):
 
     def nowhere(self) -> tuple[str, str, str]:
         """Id and addresses of a node that is not there."""
+        ...
+
+    def put_behind_nat(self, node: Transport) -> tuple[str, str]:
+        """From now on nobody can dial ``node``; gives the addresses at which others try."""
         ...
 
     def close(self) -> None: ...
@@ -75,6 +80,7 @@ class Memory:
             window=options.window,
             max_violations=options.max_violations,
             max_payload_bytes=options.max_payload_bytes,
+            unreachable_s=options.unreachable_s,
         )
         return self.network.open(name, settings)
 
@@ -83,6 +89,10 @@ class Memory:
 
     def nowhere(self) -> tuple[str, str, str]:
         return "nobody", "memory://nobody/control", "memory://nobody/bulk"
+
+    def put_behind_nat(self, node: Transport) -> tuple[str, str]:
+        self.network.put_behind_nat(node.id)
+        return node.control_address, node.bulk_address
 
     def close(self) -> None:
         pass
@@ -121,6 +131,7 @@ class ZeroMQ:
             window=options.window,
             max_violations=options.max_violations,
             max_payload_bytes=options.max_payload_bytes,
+            unreachable_s=options.unreachable_s,
         )
         async with open_zmq(settings) as transport:
             self._ports[name] = (port_of(transport.control_address), port_of(transport.bulk_address))
@@ -134,6 +145,9 @@ class ZeroMQ:
 
     def nowhere(self) -> tuple[str, str, str]:
         return keys.generate().id, "tcp://127.0.0.1:9", "tcp://127.0.0.1:9"
+
+    def put_behind_nat(self, node: Transport) -> tuple[str, str]:  # noqa: ARG002  (nobody is told its real address)
+        return "tcp://127.0.0.1:9", "tcp://127.0.0.1:9"
 
     def close(self) -> None:
         self._raw.close()

@@ -10,7 +10,7 @@ from blake3 import blake3
 from prime_async.actors.fetcher import Fetcher
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
-from prime_async.errors import ChunkUnavailableError
+from prime_async.errors import ChunkUnavailableError, ProtocolError
 from prime_async.machines.vocabulary import (
     CancelFetches,
     ChunkImported,
@@ -41,12 +41,13 @@ class CheckpointActor:
         store: ChunkStore,
         nursery: trio.Nursery,
         post: Callable[[Event], None],
-        retract: Callable[[tuple[type[Event], ...]], None],
+        retract: Callable[[Callable[[Event], bool]], None],
     ) -> None:
         self._tensors = tensors
         self._nursery = nursery
         self._post = post
         self._fetcher = Fetcher(transport, nursery, post, retract)
+        self._imports = 0  # chunks asked to be put in their places since the start
         self.served_round: int | None = None
         store.read_state = self.read_state
 
@@ -58,10 +59,11 @@ class CheckpointActor:
                 self._fetcher.cancel_all()
             case ImportChunk():
                 self.served_round = None
+                self._imports += 1
                 chunk = self._fetcher.take(effect.peer, effect.key)
                 self._nursery.start_soon(self._import_chunk, effect, chunk)
             case EndImport(round=round):
-                self._nursery.start_soon(self._end_import, round)
+                self._nursery.start_soon(self._end_import, round, self._imports)
             case _:
                 raise TypeError(f"checkpoint does not perform {type(effect).__name__}")
 
@@ -83,15 +85,17 @@ class CheckpointActor:
 
     async def _import_chunk(self, effect: ImportChunk, chunk: Chunk) -> None:
         key = effect.key
-        if len(chunk.payload) != self._tensors.workload.state_bytes(key.chunk):
+        try:
+            async with self._tensors.state_lock:
+                await self._tensors.run(self._tensors.workload.import_state, key.chunk, chunk.payload)
+        except ProtocolError:
             self._post(FetchFailed(peer=effect.peer, key=key, fault="invalid"))
-            return
-        async with self._tensors.state_lock:
-            await self._tensors.run(self._tensors.workload.import_state, key.chunk, chunk.payload)
-        self._post(ChunkImported(key=key))
+        else:
+            self._post(ChunkImported(key=key))
 
-    async def _end_import(self, round: int) -> None:
+    async def _end_import(self, round: int, imports: int) -> None:
         async with self._tensors.state_lock:
             digest = await self._tensors.run(self._tensors.workload.end_import, round)
-        self.served_round = round
+        if imports == self._imports:  # else another state is being put in its place already
+            self.served_round = round
         self._post(Imported(round=round, digest=digest))

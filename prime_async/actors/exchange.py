@@ -10,7 +10,10 @@ from blake3 import blake3
 from prime_async.actors.fetcher import Fetcher
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
+from prime_async.machines.attempt import SETTLED, mean_key, number_of
 from prime_async.machines.vocabulary import (
+    AdoptMean,
+    CancelFetch,
     CancelFetches,
     Effect,
     Event,
@@ -21,13 +24,17 @@ from prime_async.machines.vocabulary import (
     Reduce,
     Reduced,
     Send,
+    Settle,
 )
 from prime_async.messages import ChunkInfo, ChunkKey, bitmap
 from prime_async.transport.base import Chunk, Transport
 
 
 class ExchangeActor:
-    """Performs the effects of an exchange machine."""
+    """Performs the effects of an exchange machine.
+
+    Means that came as settled are held back from peers until the machine has compared all of them with the commit.
+    """
 
     def __init__(
         self,
@@ -36,7 +43,7 @@ class ExchangeActor:
         store: ChunkStore,
         nursery: trio.Nursery,
         post: Callable[[Event], None],
-        retract: Callable[[tuple[type[Event], ...]], None],
+        retract: Callable[[Callable[[Event], bool]], None],
     ) -> None:
         self._transport = transport
         self._tensors = tensors
@@ -44,6 +51,7 @@ class ExchangeActor:
         self._nursery = nursery
         self._post = post
         self._fetcher = Fetcher(transport, nursery, self._on_outcome, retract)
+        self._unsettled: dict[ChunkKey, Chunk] = {}
 
     def perform(self, effect: Effect) -> None:
         match effect:
@@ -53,48 +61,85 @@ class ExchangeActor:
                 self._fetcher.start(effect)
             case CancelFetches():
                 self._fetcher.cancel_all()
+            case CancelFetch(peer=peer, key=key):
+                self._fetcher.cancel(peer, key)
             case Reduce():
                 self._nursery.start_soon(self._reduce, effect, self._inputs(effect))
+            case AdoptMean(found=found, key=key):
+                self._store.put(key, self._mean(found))
+            case Settle():
+                self._settle(effect)
             case Forget(means_before=means, contributions_before=contributions):
+                self._unsettled.clear()
                 self._store.forget(means, contributions)
             case _:
                 raise TypeError(f"exchange does not perform {type(effect).__name__}")
 
     def _on_outcome(self, event: Event) -> None:
-        """A mean is held where peers can get it, before the machine counts it as held."""
         if isinstance(event, Fetched) and event.key.kind == "mean":
-            mean = self._fetcher.take(event.peer, event.key)
-            if mean.payload.nbytes == self._tensors.workload.payload_bytes(event.key.chunk):
-                self._store.put(event.key, mean)
-            else:
-                event = FetchFailed(peer=event.peer, key=event.key, fault="invalid")
+            self._nursery.start_soon(self._take_mean, event, self._fetcher.take(event.peer, event.key))
+        else:
+            self._post(event)
+
+    async def _take_mean(self, event: Fetched, mean: Chunk) -> None:
+        """A mean is held where peers can get it, before the machine counts it as held."""
+        key = event.key
+        if not await self._tensors.run(self._tensors.workload.check, key.chunk, mean.payload):
+            self._post(FetchFailed(peer=event.peer, key=key, fault="invalid"))
+            return
+        if number_of(key) == SETTLED:
+            self._unsettled[key] = mean
+        else:
+            self._store.put(key, mean)
         self._post(event)
 
-    def _inputs(self, reduce: Reduce) -> list[memoryview]:
-        """The contributions, in the order of the plan: our own from the store, the others' as they came."""
+    def _mean(self, key: ChunkKey) -> Chunk:
+        mean = self._unsettled.get(key) or self._store.find(key)
+        if mean is None:
+            raise RuntimeError(f"{key} is wanted under another name and is not here")
+        return mean
+
+    def _settle(self, settle: Settle) -> None:
+        exceptions = {key.chunk: key for key in settle.exceptions}
+        for chunk in range(self._tensors.workload.chunk_count):
+            usual = mean_key(settle.round, chunk, (settle.epoch, settle.attempt))
+            mean = self._mean(exceptions.get(chunk, usual))
+            self._store.put(mean_key(settle.round, chunk, SETTLED), mean)
+        self._unsettled.clear()
+
+    def _inputs(self, reduce: Reduce) -> dict[str, memoryview]:
+        """The contributions, in the order of the plan: our own from the store, the others' as they came.
+
+        Our own may be gone: given up between the machine's decision and now.
+        """
         key = ChunkKey(kind="contribution", round=reduce.key.round, chunk=reduce.key.chunk)
-        payloads = []
+        payloads = {}
         for peer in reduce.contributors:
             chunk = self._store.find(key) if peer == self._transport.id else self._fetcher.take(peer, key)
-            if chunk is None:
-                raise RuntimeError(f"our own {key} is in a plan and is not here")
-            payloads.append(chunk.payload)
+            if chunk is not None:
+                payloads[peer] = chunk.payload
         return payloads
 
-    async def _reduce(self, reduce: Reduce, payloads: list[memoryview]) -> None:
+    async def _reduce(self, reduce: Reduce, payloads: dict[str, memoryview]) -> None:
+        """A mean of nothing is not held: peers that wait for it are to get a later one."""
         out, info, left_out = await self._tensors.run(self._reduce_now, reduce, payloads)
-        self._store.put(reduce.key, Chunk(info=info, payload=out))
+        if set(reduce.contributors) - set(left_out):
+            self._store.put(reduce.key, Chunk(info=info, payload=out))
         self._post(Reduced(key=reduce.key, info=info, left_out=left_out))
 
-    def _reduce_now(self, reduce: Reduce, payloads: list[memoryview]) -> tuple[memoryview, ChunkInfo, tuple[str, ...]]:
+    def _reduce_now(
+        self, reduce: Reduce, payloads: dict[str, memoryview]
+    ) -> tuple[memoryview, ChunkInfo, tuple[str, ...]]:
         workload, chunk = self._tensors.workload, reduce.key.chunk
         out = self._tensors.buffers.take()[: workload.payload_bytes(chunk)]
-        rejected = workload.reduce(chunk, payloads, reduce.weights, out)
-        counted = [i for i in range(len(payloads)) if i not in rejected]
+        weights = dict(zip(reduce.contributors, reduce.weights, strict=True))
+        given = tuple(payloads)
+        rejected = workload.reduce(chunk, list(payloads.values()), [weights[p] for p in given], out)
+        counted = [p for i, p in enumerate(given) if i not in rejected]
         place = {member: i for i, member in enumerate(reduce.members)}
         info = ChunkInfo(
             digest=blake3(out).digest(),
-            contributors=bitmap([place[reduce.contributors[i]] for i in counted]),
-            total_weight=sum(reduce.weights[i] for i in counted),
+            contributors=bitmap([place[p] for p in counted]),
+            total_weight=sum(weights[p] for p in counted),
         )
-        return out, info, tuple(reduce.contributors[i] for i in rejected)
+        return out, info, tuple(p for p in reduce.contributors if p not in counted)

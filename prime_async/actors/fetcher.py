@@ -13,9 +13,9 @@ from prime_async.transport.base import Chunk, Transport
 
 
 class Fetcher:
-    """The fetches of one actor. Their outcomes are posted as events; what ``cancel_all`` abandons has none.
+    """The fetches of one actor. Their outcomes are posted as events; what is cancelled has none.
 
-    So ``cancel_all`` also takes back (``retract``) the outcomes that wait in the machine's inbox. The machine could not
+    So a cancellation also takes back (``retract``) the outcomes that wait in the machine's inbox. The machine could not
     tell them from those of the fetches that it begins next: a contribution has the same key in every attempt.
     """
 
@@ -24,31 +24,38 @@ class Fetcher:
         transport: Transport,
         nursery: trio.Nursery,
         post: Callable[[Event], None],
-        retract: Callable[[tuple[type[Event], ...]], None],
+        retract: Callable[[Callable[[Event], bool]], None],
     ) -> None:
         self._transport = transport
         self._nursery = nursery
         self._post = post
         self._retract = retract
         self._held: dict[tuple[str, ChunkKey], Chunk] = {}
-        self._scopes: set[trio.CancelScope] = set()
+        self._scopes: dict[tuple[str, ChunkKey], trio.CancelScope] = {}
 
     def start(self, fetch: Fetch) -> None:
         """Begin to fetch."""
-        scope = trio.CancelScope()
-        self._scopes.add(scope)
+        scope = self._scopes[fetch.peer, fetch.key] = trio.CancelScope()
         self._nursery.start_soon(self._fetch, fetch, scope)
 
     def take(self, peer: str, key: ChunkKey) -> Chunk:
         """What came, once."""
         return self._held.pop((peer, key))
 
+    def cancel(self, peer: str, key: ChunkKey) -> None:
+        """Abandon one fetch, and what it brought, if that was not taken yet."""
+        scope = self._scopes.pop((peer, key), None)
+        if scope is not None:
+            scope.cancel()
+        self._retract(lambda e: isinstance(e, Fetched | FetchFailed) and (e.peer, e.key) == (peer, key))
+        self._held.pop((peer, key), None)
+
     def cancel_all(self) -> None:
         """Abandon all fetches, and what they brought."""
-        for scope in self._scopes:
+        for scope in self._scopes.values():
             scope.cancel()
         self._scopes.clear()
-        self._retract((Fetched, FetchFailed))
+        self._retract(lambda e: isinstance(e, Fetched | FetchFailed))
         self._held.clear()
 
     async def _fetch(self, fetch: Fetch, scope: trio.CancelScope) -> None:
@@ -65,10 +72,9 @@ class Fetcher:
             except ProtocolError:
                 event = FetchFailed(peer=fetch.peer, key=fetch.key, fault="invalid")
             else:
+                event = Fetched(peer=fetch.peer, key=fetch.key, info=chunk.info, size=chunk.payload.nbytes)
+        if not scope.cancel_called:
+            del self._scopes[fetch.peer, fetch.key]
+            if isinstance(event, Fetched):
                 self._held[fetch.peer, fetch.key] = chunk
-                event = Fetched(peer=fetch.peer, key=fetch.key, info=chunk.info)
-        if scope.cancel_called:
-            self._held.pop((fetch.peer, fetch.key), None)
-        else:
-            self._scopes.discard(scope)
             self._post(event)

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prime_async.machines.vocabulary import ConnectMembers, Dial, Effect, Fail, Finish, Send
+import trio
+
+from prime_async.machines.ballot import Ballot
+from prime_async.machines.vocabulary import (
+    BallotStored,
+    ConnectMembers,
+    Dial,
+    Effect,
+    Event,
+    Fail,
+    Finish,
+    Send,
+    StoreBallot,
+)
 from prime_async.messages import View
 from prime_async.transport.base import Transport
 
@@ -12,18 +25,27 @@ from prime_async.transport.base import Transport
 class MembershipActor:
     """Performs the effects of a membership machine.
 
-    ``admit`` is told the ids of a view's members: who is in it may connect to this node.
+    ``admit`` is told the ids of a view's members: who is in it may connect to this node. ``store`` puts a ballot on
+    disk, in a worker thread; of several that wait, the newest alone is written, and answers for all.
     """
 
     def __init__(
         self,
         transport: Transport,
+        nursery: trio.Nursery,
+        post: Callable[[Event], None],
         *,
+        store: Callable[[Ballot], None],
         admit: Callable[[frozenset[str]], None],
         fail: Callable[[Fail], None],
         finish: Callable[[], None],
     ) -> None:
         self._transport = transport
+        self._nursery = nursery
+        self._post = post
+        self._store = store
+        self._unstored: StoreBallot | None = None
+        self._storing = False
         self._admit = admit
         self._fail = fail
         self._finish = finish
@@ -39,12 +61,25 @@ class MembershipActor:
                     self._transport.dial(peer, control, "")
             case ConnectMembers(view=view, contacts=contacts):
                 self._connect(view, contacts)
+            case StoreBallot():
+                self._unstored = effect
+                if not self._storing:
+                    self._storing = True
+                    self._nursery.start_soon(self._store_newest)
             case Fail():
                 self._fail(effect)
             case Finish():
                 self._finish()
             case _:
                 raise TypeError(f"membership does not perform {type(effect).__name__}")
+
+    async def _store_newest(self) -> None:
+        while (effect := self._unstored) is not None:
+            self._unstored = None
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._store, effect.ballot)
+            self._post(BallotStored(seq=effect.seq))
+        self._storing = False
 
     def _connect(self, view: View, contacts: tuple[str, ...]) -> None:
         others = [m for m in view.members if m.id != self._transport.id]

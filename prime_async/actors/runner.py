@@ -68,9 +68,9 @@ class Runner:
         self.post(event)
         return True
 
-    def retract(self, kinds: tuple[type[Event], ...]) -> None:
-        """Take back what waits of these kinds: the machine has given up what they are the outcome of."""
-        self._inbox = deque(event for event in self._inbox if not isinstance(event, kinds))
+    def retract(self, which: Callable[[Event], bool]) -> None:
+        """Take back the events that wait for which ``which`` holds: the machine has given up what they come of."""
+        self._inbox = deque(event for event in self._inbox if not which(event))
 
     async def run(self, perform: Callable[[Effect], None]) -> None:
         """Run until cancelled. Events that wait are handled before the clock: a late node listens first."""

@@ -94,13 +94,15 @@ class TrainingActor:
 
     async def _run_steps(self, effect: RunSteps) -> None:
         """In a thread of its own. It is stopped, and cancelled, between two steps."""
-        done: list[StepReport] = []
+        steps = tokens = 0
 
         def on_step(report: StepReport) -> None:
-            done.append(report)
+            nonlocal steps, tokens
+            steps += 1
+            tokens += report.tokens
             trio.from_thread.check_cancelled()  # the await below does not end before this thread does
             trio.from_thread.run_sync(self._on_step, effect.round, report)
-            if self._stop and len(done) < effect.steps:
+            if self._stop and steps < effect.steps:
                 raise _StepsStopped
 
         def train() -> float:
@@ -110,7 +112,7 @@ class TrainingActor:
             return time.perf_counter() - began
 
         seconds = await trio.to_thread.run_sync(train, limiter=self._trainer_limiter)
-        self._post(StepsDone(steps=len(done), tokens=sum(r.tokens for r in done), seconds=seconds))
+        self._post(StepsDone(steps=steps, tokens=tokens, seconds=seconds))
 
     def _on_step(self, round: int, report: StepReport) -> None:
         fact = InnerStepDone(
@@ -148,7 +150,7 @@ class TrainingActor:
         return range(self._tensors.workload.chunk_count)
 
     def _apply_chunk(self, effect: Apply, chunk: int) -> None:
-        key = ChunkKey(kind="mean", round=effect.round, chunk=chunk, epoch=effect.epoch, attempt=effect.attempt)
+        key = ChunkKey(kind="mean", round=effect.round, chunk=chunk)  # the settled one
         mean = self._store.find(key)
         if mean is None:
             raise RuntimeError(f"{key} was committed and is not here")

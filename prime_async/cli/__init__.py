@@ -16,9 +16,11 @@ app.command("prime_async.cli.demo:demo", name="demo")
 app.command("prime_async.cli.init:init", name="init")
 app.command("prime_async.cli.check:check", name="check")
 app.command("prime_async.cli.run:run", name="run")
+app.command("prime_async.cli.recover:recover", name="recover")
 app.command("prime_async.cli.data:data", name="data")
 app.command("prime_async.cli.replay:replay", name="replay")
 app.command("prime_async.cli.bench:app", name="bench")
+app.command("prime_async.cli.simulate:simulate", name="simulate")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

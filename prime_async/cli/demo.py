@@ -166,11 +166,11 @@ def _sample(config: Config, home: Path) -> str:
     """A few lines of the trained model, from the outer state that a node saved."""
     from prime_async.config.spec import run_id
     from prime_async.ledger import StateFile
-    from prime_async.work.diloco import build_workload
+    from prime_async.work.diloco import open_diloco
     from prime_async.work.generate import generate
     from prime_async.work.inner import InnerTrainer
 
-    workload = build_workload(config.run, config.node, stream=0)
+    workload = open_diloco(config.run, config.node, stream=0)
     if not StateFile(home, run_id(config.run)).load(workload):
         raise EnvironmentFault(f"{home}: the node saved no outer state")
     trainer = workload.trainer

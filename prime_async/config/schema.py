@@ -24,6 +24,8 @@ MAX_MEMBERS: Final = 2**16
 """Bits in the protocol's bitmap of contributors."""
 MAX_ROUND_TOKENS: Final = 2**36
 """Weights are tokens; those of ``MAX_MEMBERS`` contributors must add up exactly in fp64, which holds 2^53."""
+MAX_ROUND_STEPS: Final = 2**20
+"""Inner steps of one contribution, also where rounds end with the clock."""
 
 
 def _words(text: str) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def _host(text: str) -> str:
 
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]  # a Get on the wire waits an hour at most
+UpToADay = Annotated[float, Field(ge=0, le=86_400)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 # An empty path would be the current folder, which nobody means.
@@ -100,7 +103,8 @@ class InnerSettings(Settings):
             ge=0,
             le=2**40,
             description="inner steps at which the schedule ends; 0: rounds x inner_steps, and with "
-            "rounds 0 it has no end: the rate stays at its peak",
+            "rounds 0 it has no end: the rate stays at its peak. Must be given if rounds end after seconds, unless "
+            "schedule is constant or rounds is 0",
         ),
     ] = 0
     decay_share: Annotated[Ratio, Field(description="wsd: the last share of the steps, in which the rate decays")] = 0.1
@@ -116,9 +120,26 @@ class OuterSettings(Settings):
 
 
 class RoundSettings(Settings):
-    """When a node has done its part of a round."""
+    """When a node has done its part of a round: after so many inner steps, or after so many seconds. Give one."""
 
-    inner_steps: Annotated[Positive, Field(le=2**20, description="inner steps per round: H of the papers")] = 100
+    inner_steps: Annotated[
+        int,
+        Field(ge=0, le=MAX_ROUND_STEPS, description="inner steps per round: H of the papers; 0: seconds is given"),
+    ] = 100
+    seconds: Annotated[
+        UpToADay,
+        Field(
+            description="seconds of inner steps per round, at least one step: nodes of unequal speed then do as much "
+            "as they can, and weigh as much as they did; 0: inner_steps is given"
+        ),
+    ] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seconds_alone_are_enough(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("seconds") and "inner_steps" not in data:
+            return {**data, "inner_steps": 0}
+        return data
 
 
 class ExchangeSettings(Settings):
@@ -178,6 +199,15 @@ class RunSpec(Settings):
             json_schema_extra=_words('64 lower-case hexadecimal digits, or ""'),
         ),
     ] = ""
+    vocab_size: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**24,
+            description="tokens that the model knows, at least as many as the data have; with it a witness needs no "
+            "data; 0: as many as the data have",
+        ),
+    ] = 0
     sequence_length: Annotated[Positive, Field(le=2**24, description="tokens per sequence")] = 256
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of the initial weights and of the data order")] = 0
     rounds: Annotated[
@@ -188,13 +218,26 @@ class RunSpec(Settings):
         Literal["blocking"], Field(description="blocking: exchange, then train on (INTELLECT-1, arXiv 2412.01152)")
     ] = "blocking"
     min_members: Annotated[
-        Positive, Field(le=MAX_MEMBERS, description="with fewer active members nobody trains, and no round is planned")
+        Positive,
+        Field(
+            le=MAX_MEMBERS,
+            description="with fewer active members that train (all but witnesses) nobody does, and no round is planned",
+        ),
     ] = 1
     heartbeat_s: Annotated[Seconds, Field(description="seconds between two heartbeats")] = 1.0
     failure_timeout_s: Annotated[
         Seconds,
         Field(description="a member silent for so many seconds is removed; more than twice heartbeat_s"),
     ] = 10.0
+    straggler_timeout_s: Annotated[
+        UpToADay,
+        Field(
+            description="a round waits for slow nodes so many seconds after more than half of those that train, and at "
+            "least min_members, are ready; who comes later keeps its steps for the next round. Long, since whoever "
+            "misses a round by a little idles in the next; not for ever, so that one stuck machine does not hold up "
+            "the run. 0: for ever"
+        ),
+    ] = 300.0
     inner: InnerSettings = InnerSettings()
     outer: OuterSettings = OuterSettings()
     exchange: ExchangeSettings = ExchangeSettings()
@@ -250,7 +293,14 @@ class NodeSettings(Settings):
     encrypt: Annotated[bool, Field(description="CURVE on both planes; false only among machines you trust")] = True
     streams: Annotated[
         int, Field(ge=1, le=64, description="TCP connections per peer for chunks; more fill a long link better")
-    ] = 2
+    ] = 4
+    witness: Annotated[
+        bool,
+        Field(
+            description="take part without training: vote, keep and serve the outer state, need no GPU and, with "
+            "run.vocab_size, no data; the settings from device to evaluate_every mean nothing then, but for threads"
+        ),
+    ] = False
     device: Annotated[
         str,
         Field(
@@ -329,14 +379,36 @@ def _timeout_outlasts_heartbeats(config: Config) -> str | None:
     )
 
 
+def _round_ends_in_one_way(config: Config) -> str | None:
+    round = config.run.round
+    if bool(round.inner_steps) != bool(round.seconds):
+        return None
+    if round.inner_steps:
+        return (
+            f"expected 0 since run.round.inner_steps is {round.inner_steps}: give one of the two, got {round.seconds}"
+        )
+    return "expected a number greater than 0 since run.round.inner_steps is 0: give one of the two, got 0.0"
+
+
 def _round_weight_is_exact(config: Config) -> str | None:
+    """Of a round that ends with the clock only one step is known; the machines limit what a contribution weighs."""
     run = config.run
-    tokens = run.inner.batch_size * run.sequence_length * run.round.inner_steps
+    tokens = run.inner.batch_size * run.sequence_length * max(run.round.inner_steps, 1)
     if tokens <= MAX_ROUND_TOKENS:
         return None
     return (
         f"expected at most {MAX_ROUND_TOKENS} tokens per node and round, "
         f"got {tokens} (with run.sequence_length and run.round.inner_steps)"
+    )
+
+
+def _schedule_has_an_end(config: Config) -> str | None:
+    run = config.run
+    if not run.round.seconds or run.inner.total_steps or run.inner.schedule == "constant" or not run.rounds:
+        return None
+    return (
+        f"expected the inner steps that a node does in all {run.rounds} rounds, since run.round.seconds does not say; "
+        'or set run.inner.schedule = "constant", got 0'
     )
 
 
@@ -367,6 +439,8 @@ def _digest_belongs_to_tokens(config: Config) -> str | None:
 def _tokens_have_a_file(config: Config) -> str | None:
     if config.run.data != "tokens" or config.node.data_path is not None:
         return None
+    if config.node.witness and config.run.vocab_size:
+        return None
     return 'missing; run.data = "tokens" needs the token file that `prime-async data` makes'
 
 
@@ -386,14 +460,19 @@ def _micro_batches_fill_a_batch(config: Config) -> str | None:
 
 RULES: Final = (
     Rule(("run.failure_timeout_s", "run.heartbeat_s"), _timeout_outlasts_heartbeats),
+    Rule(("run.round.seconds", "run.round.inner_steps"), _round_ends_in_one_way),
     Rule(("run.inner.batch_size", "run.sequence_length", "run.round.inner_steps"), _round_weight_is_exact),
+    Rule(
+        ("run.inner.total_steps", "run.inner.schedule", "run.rounds", "run.round.seconds"),
+        _schedule_has_an_end,
+    ),
     Rule(("run.inner.warmup_steps", "run.inner.total_steps", "run.inner.schedule"), _warmup_ends),
     Rule(
         ("run.inner.decay_share", "run.inner.warmup_steps", "run.inner.total_steps", "run.inner.schedule"),
         _decay_begins_after_warmup,
     ),
     Rule(("run.data_digest", "run.data"), _digest_belongs_to_tokens),
-    Rule(("node.data_path", "run.data"), _tokens_have_a_file),
+    Rule(("node.data_path", "run.data", "node.witness", "run.vocab_size"), _tokens_have_a_file),
     Rule(("node.bulk_port", "node.port"), _ports_differ),
     Rule(("node.micro_batch_size", "run.inner.batch_size"), _micro_batches_fill_a_batch),
 )

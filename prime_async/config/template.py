@@ -40,7 +40,7 @@ HEADINGS: Final = {
     "run.rounds": "How long, and with whom",
     "node.name": "Who this node is, and what it keeps",
     "node.host": "Where others find it, and who may",
-    "node.device": "How it computes",
+    "node.witness": "How it computes",
     "node.data_path": "What it reads and reports",
 }
 """A heading before some of the settings; what follows belongs to it, up to the next."""

@@ -1,42 +1,113 @@
-"""What a member knows of one try at a round."""
+"""A round as its newest plan wants it, and the means of it that are here."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-from prime_async.messages import ChunkKey, View
+from blake3 import blake3
+
+from prime_async.machines.owners import Assignment, assign
+from prime_async.messages import ChunkInfo, ChunkKey, Plan, View, positions
+
+Number: TypeAlias = tuple[int, int]
+"""(epoch, attempt)"""
+
+SETTLED: Number = (0, 0)
+"""The number under which a committed mean is held by everybody. No plan has it: epochs begin at 1."""
+
+
+def mean_key(round: int, chunk: int, number: Number) -> ChunkKey:
+    return ChunkKey(kind="mean", round=round, chunk=chunk, epoch=number[0], attempt=number[1])
+
+
+def number_of(key: ChunkKey) -> Number:
+    return key.epoch, key.attempt
+
+
+def misfit(plan: Plan, view: View, chunk_count: int) -> str:
+    """What is wrong with ``plan`` over ``view``, its round's view; "" if nothing."""
+    who = positions(plan.contributors)
+    if len(who) != len(plan.weights) or not who or who[-1] >= len(view.members):
+        return "the contributors do not fit the view"
+    numbers = [(t.epoch, t.attempt) for t in plan.turns]
+    if not numbers or sorted(set(numbers)) != numbers or numbers[-1] > (plan.epoch, plan.attempt):
+        return "the turns are not in order"
+    if plan.turns[0].lost or any(p >= len(view.members) for t in plan.turns for p in positions(t.lost)):
+        return "the turns do not fit the view"
+    if chunk_count and not assign(view, chunk_count, plan.turns):
+        return "nobody is left to own a chunk"
+    return ""
+
+
+@dataclass(slots=True)
+class Means:
+    """The means of a round that are here: chunk -> number -> what is known of it."""
+
+    held: dict[int, dict[Number, ChunkInfo]] = field(default_factory=dict)
+
+    def add(self, chunk: int, number: Number, info: ChunkInfo) -> None:
+        self.held.setdefault(chunk, {})[number] = info
+
+    def holds(self, chunk: int, number: Number) -> bool:
+        return number in self.held.get(chunk, ())
+
+    def best(self, chunk: int, limit: Number) -> Number | None:
+        """The highest number, up to ``limit``, under which a mean of ``chunk`` is here."""
+        return max((n for n in self.held.get(chunk, ()) if n <= limit), default=None)
+
+    def digest(self, numbers: Mapping[int, Number]) -> bytes | None:
+        """Over the digests of these means, in chunk order; ``None`` while one is not here."""
+        if not all(self.holds(c, n) for c, n in numbers.items()):
+            return None
+        return blake3(b"".join(self.held[c][n].digest for c, n in sorted(numbers.items()))).digest()
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One try at a round. ``weights``: contributor -> tokens, in the order of the plan's view."""
+    """``view`` is the round's; ``plan`` and with it ``assigned`` are replaced when owners are lost."""
 
-    round: int
-    epoch: int
-    attempt: int
+    plan: Plan
+    view: View
+    assigned: tuple[Assignment, ...]
+    weights: dict[str, int]  # contributor -> tokens, in the order of the view
     members: tuple[str, ...]
-    incarnations: dict[str, int]
-    owners: tuple[str, ...]
-    weights: dict[str, int]
-    to_open: deque[int] = field(default_factory=deque)  # owned chunks, not begun
-    awaited: dict[int, set[str]] = field(default_factory=dict)  # owned chunk -> contributors still fetched
-    left_out: dict[int, set[str]] = field(default_factory=dict)
-    reducing: set[int] = field(default_factory=set)
-    means_wanted: dict[str, deque[int]] = field(default_factory=dict)  # source -> chunks
-    under_way: dict[str, int] = field(default_factory=dict)  # source -> means being fetched
-    digests: dict[int, bytes] = field(default_factory=dict)  # chunk -> digest of its mean, here
-    digest: bytes | None = None  # of all of them
-    following: bool = False  # committed already: all means come from the leader
+    numbers: dict[int, Number]  # of every chunk
+
+    @staticmethod
+    def of(plan: Plan, view: View, chunk_count: int) -> Attempt:
+        who = zip(positions(plan.contributors), plan.weights, strict=True)
+        assigned = assign(view, chunk_count, plan.turns)
+        return Attempt(
+            plan=plan,
+            view=view,
+            assigned=assigned,
+            weights={view.members[i].id: weight for i, weight in who},
+            members=tuple(m.id for m in view.members),
+            numbers={chunk: (a.epoch, a.attempt) for chunk, a in enumerate(assigned)},
+        )
 
     @property
-    def number(self) -> tuple[int, int]:
-        return self.epoch, self.attempt
+    def round(self) -> int:
+        return self.plan.round
+
+    @property
+    def number(self) -> Number:
+        return self.plan.epoch, self.plan.attempt
 
     def key(self, chunk: int) -> ChunkKey:
-        return ChunkKey(kind="mean", round=self.round, chunk=chunk, epoch=self.epoch, attempt=self.attempt)
+        return mean_key(self.round, chunk, self.numbers[chunk])
 
-    def still_here(self, view: View | None) -> set[str]:
-        """Members of the plan's view that have not left, nor started anew, since."""
-        members = view.members if view else ()
-        return {m.id for m in members if self.incarnations.get(m.id) == m.incarnation}
+    def is_first(self, chunk: int) -> bool:
+        """Whether the chunk still has its first owner, so that nobody else can have made its mean."""
+        return self.numbers[chunk] == (self.plan.turns[0].epoch, self.plan.turns[0].attempt)
+
+    def continues(self, plan: Plan) -> bool:
+        """Whether ``plan`` is of the same making, with perhaps other owners."""
+        return plan.view == self.plan.view and plan.turns[0] == self.plan.turns[0]
+
+    def still_here(self, view: View | None) -> tuple[str, ...]:
+        """Members of the round's view that are in ``view``, and have not started anew; in the round's order."""
+        now = {(m.id, m.incarnation) for m in view.members} if view else set()
+        return tuple(m.id for m in self.view.members if (m.id, m.incarnation) in now)

@@ -5,8 +5,9 @@ The rules:
 * Membership says what the run's state is (``RunAt``). If ours is the same, training begins. Otherwise training is
   halted, the state's chunks are fetched from the provider, a few at a time, and put in their places.
 * From the first chunk that is put in its place until all are, the outer state is nobody's: no other state is "ours".
-* The outcome is compared with the digest that the leader named. Whatever goes wrong (the provider moved on to the next
-  round, left, or sent something else) ends in asking the leader anew; what did not change is fetched again.
+* The outcome is compared with the digest that the leader named. Whatever goes wrong (the provider, which can be any
+  member, moved on to the next round, left, or sent something else) ends in asking the leader anew. If the state is
+  still the same, what came of it stays, unless its digest was another.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Checkpoint:
     target: RunAt | None = None
     waiting: list[int] = field(default_factory=list)  # chunks not asked for, the next last
     under_way: set[int] = field(default_factory=set)  # chunks asked for, or on their way to their places
+    placed: set[int] = field(default_factory=set)  # chunks of ``placed_of`` that are in their places
+    placed_of: tuple[int, bytes] | None = None
     halted: bool = False
     started_at: float = 0.0
 
@@ -82,10 +85,11 @@ class Checkpoint:
                 out.append(ImportChunk(peer=peer, key=key))
             case ChunkImported(key=key) if self._wanted(key):
                 self.under_way.discard(key.chunk)
+                self.placed.add(key.chunk)
                 self._pump(out)
             case FetchFailed(key=key) if self._wanted(key):
                 self._ask_again(now, out)
-            case Imported(round=round, digest=digest) if self.phase == "importing":
+            case Imported(round=round, digest=digest) if self._is_target(round):
                 self._on_imported(now, round, digest, out)
             case Tick() if self.phase == "asking":
                 self._ask_again(now, out)
@@ -103,10 +107,14 @@ class Checkpoint:
             and key.chunk in self.under_way
         )
 
+    def _is_target(self, round: int) -> bool:
+        """Not what was given up while it was being put together."""
+        return self.phase == "importing" and self.target is not None and self.target.round == round
+
     def _on_run(self, now: float, run: RunAt, out: list[Effect]) -> None:
         busy = self.phase in ("halting", "fetching", "importing")
         if busy and self.target is not None and (run.round, run.digest) == (self.target.round, self.target.digest):
-            return  # a repeated welcome
+            return  # a repeated answer; a provider that fails is replaced when it does
         self.target = run
         if self.own == (run.round, run.digest):
             self._settle(out)
@@ -119,7 +127,10 @@ class Checkpoint:
     def _begin_fetching(self, now: float, out: list[Effect]) -> None:
         assert self.target is not None
         self.phase, self.started_at = "fetching", now
-        self.waiting = list(range(self.settings.chunk_count))[::-1]
+        state = (self.target.round, self.target.digest)
+        if self.placed_of != state:
+            self.placed, self.placed_of = set(), state
+        self.waiting = [chunk for chunk in reversed(range(self.settings.chunk_count)) if chunk not in self.placed]
         if self.under_way:
             out.append(CancelFetches())
         self.under_way = set()
@@ -139,6 +150,7 @@ class Checkpoint:
 
     def _on_imported(self, now: float, round: int, digest: bytes, out: list[Effect]) -> None:
         assert self.target is not None
+        self.placed_of = None
         if digest != self.target.digest:
             fact = StateDiverged(
                 peer=self.target.provider, round=round, ours=digest.hex(), theirs=self.target.digest.hex()
@@ -153,6 +165,9 @@ class Checkpoint:
         self._settle(out)
 
     def _settle(self, out: list[Effect]) -> None:
+        if self.under_way:  # before the first chunk came our own state turned out to be the run's
+            out.append(CancelFetches())
+            self.under_way = set()
         self.phase, self.halted = "settled", False
         assert self.own is not None
         out.append(Tell(actor="training", event=Begin(round=self.own[0])))

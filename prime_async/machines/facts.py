@@ -105,10 +105,36 @@ class LeaderSilent(Struct, frozen=True, kw_only=True, tag="leader_silent"):
     silent_s: float
 
 
-class RunEnding(Struct, frozen=True, kw_only=True, tag="run_ending"):
-    """The leader said goodbye; this node keeps its outer state and stops."""
+class LeaderElected(Struct, frozen=True, kw_only=True, tag="leader_elected"):
+    """This node leads from now on. ``silent``: names of members that did not answer, and are left out."""
 
-    text: str
+    epoch: int
+    seconds: float
+    silent: tuple[str, ...]
+
+
+class SteppedDown(Struct, frozen=True, kw_only=True, tag="stepped_down"):
+    """This node does not lead any more."""
+
+    epoch: int
+    reason: str
+
+
+class CutOff(Struct, frozen=True, kw_only=True, tag="cut_off"):
+    """Too few voters have been heard, for so many seconds, to go on. This node keeps its work and waits."""
+
+    seconds: float
+    heard: int
+    voters: int
+    advice: str
+
+
+class StateNowhere(Struct, frozen=True, kw_only=True, tag="state_nowhere"):
+    """No member holds the outer state that the last commit leads to."""
+
+    round: int
+    ours: int
+    advice: str
 
 
 class SlowWake(Struct, frozen=True, kw_only=True, tag="slow_wake"):
@@ -142,6 +168,23 @@ class RoundPlanned(Struct, frozen=True, kw_only=True, tag="round_planned"):
     attempt: int
     contributors: int
     chunks_owned: int
+
+
+class OwnersLost(Struct, frozen=True, kw_only=True, tag="owners_lost"):
+    """The leader gives the chunks of these members to others."""
+
+    round: int
+    epoch: int
+    attempt: int
+    peers: tuple[str, ...]
+
+
+class RoundTakenOver(Struct, frozen=True, kw_only=True, tag="round_taken_over"):
+    """A new leader knows what is open: it carries on the plan of this (epoch, attempt)."""
+
+    round: int
+    epoch: int
+    attempt: int
 
 
 class ContributorLeftOut(Struct, frozen=True, kw_only=True, tag="contributor_left_out"):
@@ -218,8 +261,10 @@ class PeerDropped(Struct, frozen=True, kw_only=True, tag="peer_dropped"):
 
 Fact: TypeAlias = (
     InnerStepDone | HeldOutLoss | Founded | Joined | StillAsking | KeyDenied | MemberJoined | MemberLost | MemberLeft
-    | HelloRefused | ViewAdopted | LeaderSilent | RunEnding | SlowWake | StateDiverged | WaitingForMembers
-    | RoundPlanned | ContributorLeftOut | RoundCommitted | RoundFinished | RoundIgnored | NonFiniteProgress
+    | HelloRefused | ViewAdopted | LeaderSilent | LeaderElected | SteppedDown | CutOff
+    | StateNowhere | SlowWake | StateDiverged | WaitingForMembers
+    | RoundPlanned | OwnersLost | RoundTakenOver | ContributorLeftOut | RoundCommitted
+    | RoundFinished | RoundIgnored | NonFiniteProgress
     | StateFetchStarted | StateFetched | StateSaved | PeerDropped
 )  # fmt: skip
 """Everything that ``node.events`` can give."""

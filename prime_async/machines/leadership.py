@@ -1,23 +1,41 @@
-"""The leader's part of membership: it takes nodes in, hears their heartbeats, and numbers the views.
+"""The leader's part of membership: it takes nodes in, hears their heartbeats, and proposes views.
 
-See :mod:`prime_async.machines.membership` for the rules; a membership machine has one of these while it leads.
+The rules:
+
+* One view is proposed at a time, and the next when it is decided: when a quorum of the voters of the view before has
+  stored it. Until then whatever is to change gathers, and goes into the next view together: ten joiners make one view.
+* Only decided views are gone by. A proposal is repeated to those that have not stored it.
+* A node that joins is not active until its heartbeat shows the run's outer state; then it becomes so at the start of a
+  round, or at once while fewer than ``min_members`` train. It has a vote once it has completed a round. Only who can be
+  dialled owns chunks, and may lead.
+* A member that is silent for ``failure_timeout_s`` is left out of the next view. If those that are not silent are no
+  quorum, this node does not lead any more: it is the one that is cut off.
+* The first view of an epoch has the members that promised it, in their order, and no others.
+* A leader that leaves proposes a view without itself and says goodbye when it is decided, so that another is elected at
+  once. It gives others that leave at the same time a moment to go first.
+
+See :mod:`prime_async.machines.membership` for the rules of the other members.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from prime_async.machines.facts import MemberJoined, MemberLeft, MemberLost, StateDiverged, ViewAdopted
-from prime_async.machines.vocabulary import ConnectMembers, Effect, Finish, Report, Send, Tell, ViewChanged
+from prime_async.machines.ballot import Ballot, change_between, entitled, is_quorum, view_digest
+from prime_async.machines.facts import MemberJoined, MemberLeft, MemberLost, StateDiverged
+from prime_async.machines.vocabulary import Effect, Report, Send
 from prime_async.messages import (
+    Commit,
     Goodbye,
     Heartbeat,
     HeartbeatAck,
     Hello,
     Member,
+    Propose,
     Refuse,
     View,
     ViewUpdate,
@@ -35,7 +53,10 @@ class ContactPoint(Struct, frozen=True, kw_only=True):
 
 
 class MembershipSettings(Struct, frozen=True, kw_only=True):
-    """What a membership machine is made with. ``settings`` is the run spec, flat; times are in seconds."""
+    """What a membership machine is made with. ``settings`` is the run spec, flat; times are in seconds.
+
+    ``ballot``: what this node had on disk when it started.
+    """
 
     me: Member
     run_id: bytes
@@ -44,6 +65,7 @@ class MembershipSettings(Struct, frozen=True, kw_only=True):
     min_members: int = 1
     heartbeat_s: float = 1.0
     failure_timeout_s: float = 10.0
+    ballot: Ballot | None = None
 
 
 @dataclass(slots=True)
@@ -64,119 +86,288 @@ class OuterStates:
             del self.digests[old]
 
 
-def adopt(view: View, settings: MembershipSettings) -> list[Effect]:
-    """What a node does when it goes by a new view."""
-    leader = view.member(view.leader)
-    fact = ViewAdopted(
-        epoch=view.epoch,
-        view=view.number,
-        leader=leader.name if leader else view.leader,
-        members=tuple(m.name for m in view.members),
-        active=len(view.active),
-    )
-    return [
-        Report(fact=fact),
-        ConnectMembers(view=view, contacts=tuple(p.id for p in settings.contacts)),
-        Tell(actor="exchange", event=ViewChanged(view=view)),
-        Tell(actor="training", event=ViewChanged(view=view)),
-    ]
-
-
 @dataclass(slots=True)
 class Peer:
-    """What the leader knows of a member beside the view."""
+    """What the leader knows of another node beside the view. ``member``: as the node described itself last."""
 
     heard_at: float
+    member: Member
     synced: bool = False  # its heartbeat showed the run's outer state
     round: int = -1
+    digest: bytes = b""
+    began: int = -1  # the round at whose start it became active, as far as this leader knows
+    incarnations: tuple[int, ...] = ()  # those that it can prove, from its promise
+    gone: bool = False
+    silent_s: float = 0.0  # how long it had been silent when it was given up; 0: it said goodbye
 
 
 @dataclass(slots=True)
 class Leadership:
-    """The members as their leader sees them."""
+    """See the module's rules. ``view`` is decided; ``proposal`` is not yet."""
 
     settings: MembershipSettings
+    own: Member  # this node, as it is now
     states: OuterStates
+    epoch: int
     view: View
-    peers: dict[str, Peer] = field(default_factory=dict)  # all members but ourselves
-    leaving: bool = False  # we have done our last round, and wait for the others
+    peers: dict[str, Peer]  # all members but ourselves, and those that join
+    reachable: dict[str, bool]  # of those that we dialled; kept by the membership machine
+    proposal: View | None = None
+    stored_by: set[str] = field(default_factory=set)  # voters of ``view`` that have stored the proposal
+    again: bool = False  # the proposal is what an earlier leader proposed under the same number
+    commit: Commit | None = None  # to be made the next view's
+    weights: dict[str, int] = field(default_factory=dict)
+    activating: set[str] = field(default_factory=set)
+    welcome: set[str] = field(default_factory=set)  # joiners, not welcomed yet
+    leaving_since: float | None = None
+    repeat_at: float = 0.0
+    opened: bool = False  # the first view of this epoch was proposed
+    turn: int = 0  # of those that joiners fetch the state from
+
+    @property
+    def me(self) -> str:
+        return self.own.id
+
+    # --- nodes that come ----------------------------------------------------------------------------------------
 
     def take_in(self, now: float, peer: str, hello: Hello, out: list[Effect]) -> None:
-        """Answer the hello of a node that may join."""
+        """Answer the hello of a node that may join, or that asks where its leader is."""
         known, member = self.view.member(peer), hello.member
         if known is not None and member.incarnation < known.incarnation:
             return  # a late copy of an earlier start's hello
-        if known is None or known.incarnation != member.incarnation:
-            self.peers[peer] = Peer(heard_at=now)
-            others = tuple(m for m in self.view.members if m.id != peer)
-            self._number((*others, replace(member, active=False, weight=1)), out)
-            out.append(Report(fact=MemberJoined(peer=peer, name=member.name, view=self.view.number)))
-        self.peers[peer].heard_at = now
-        welcome = Welcome(view=self.view, round=self.states.round, state_digest=self.states.digest)
+        record = self.peers.get(peer)
+        same = record is not None and record.member.incarnation == member.incarnation
+        if record is not None and same and record.gone and not record.silent_s:
+            return  # it has left; this is a late copy
+        if record is None or not same or record.gone:
+            if hello.view and (known is None or known.incarnation != member.incarnation):
+                self._tell_removed(peer, out)
+                return
+            self.peers[peer] = record = Peer(heard_at=now, member=member)
+        record.heard_at = now
+        if known is not None and known.incarnation == member.incarnation:
+            self._welcome(peer, out)
+        else:
+            self.welcome.add(peer)
+            self.go_on(now, out)
+
+    def _tell_removed(self, peer: str, out: list[Effect]) -> None:
+        text = "you were silent too long, or never joined: say hello"
+        out.append(Send(peer=peer, message=Refuse(reason="not_a_member", text=text)))
+
+    def _welcome(self, peer: str, out: list[Effect]) -> None:
+        round, digest, provider = self.run_state(peer)
+        welcome = Welcome(epoch=self.epoch, view=self.view, round=round, state_digest=digest, provider=provider)
         out.append(Send(peer=peer, message=welcome))
 
-    def on_heartbeat(self, now: float, peer: str, beat: Heartbeat, out: list[Effect]) -> None:
-        member = self.view.member(peer)
-        if member is None or beat.incarnation > member.incarnation:
-            refusal = Refuse(reason="not_a_member", text="you were silent too long, or never joined: say hello")
-            out.append(Send(peer=peer, message=refusal))
-            return
-        if beat.incarnation < member.incarnation:
-            return
-        known = self.peers[peer]
-        known.heard_at, known.round = now, beat.round
-        ours = self.states.digests.get(beat.round)
-        if member.active and ours is not None and ours != beat.state_digest:
-            self._cast_out(peer, beat, ours, out)
-            return
-        known.synced = ours == beat.state_digest and beat.round >= self.states.round - 1
-        if known.synced and not member.active and len(self.view.active) < self.settings.min_members:
-            self.activate(out)
-        if (beat.epoch, beat.view) < (self.view.epoch, self.view.number):
-            out.append(Send(peer=peer, message=ViewUpdate(view=self.view)))
-        out.append(Send(peer=peer, message=HeartbeatAck(epoch=self.view.epoch, view=self.view.number)))
-        self._dismiss(out)
+    def run_state(self, asker: str) -> tuple[int, bytes, str]:
+        """The run's outer state, by round and digest, and who of those that hold it is to give it to ``asker``.
 
-    def _cast_out(self, peer: str, beat: Heartbeat, ours: bytes, out: list[Effect]) -> None:
+        That is our own, unless we have missed a commit: then it is the newest that a member holds.
+        """
+        round, digest = self.states.round, self.states.digest
+        others = [(p.round, p.digest) for id, p in sorted(self.peers.items()) if id != asker and not p.gone]
+        needed = self.view.commit.round if self.view.commit else 0
+        if asker == self.me and self.view.commit is not None and round == needed:
+            needed += 1  # we could not come to it by ourselves, or we would not ask
+        if round < needed and any(r >= needed for r, _ in others):
+            round, digest = max(others)
+        holders = [id for id, p in sorted(self.peers.items()) if id != asker and (p.round, p.digest) == (round, digest)]
+        holders = [id for id in holders if not self.peers[id].gone]
+        if (self.states.round, self.states.digest) == (round, digest) and asker != self.me:
+            holders.append(self.me)
+        self.turn += 1
+        return round, digest, holders[self.turn % len(holders)] if holders else self.me
+
+    # --- heartbeats ---------------------------------------------------------------------------------------------
+
+    def on_heartbeat(self, now: float, peer: str, beat: Heartbeat, out: list[Effect]) -> None:
+        record, member = self.peers.get(peer), self.view.member(peer)
+        incarnation = record.member.incarnation if record else -1
+        if record is None or record.gone or beat.incarnation > incarnation:
+            self._tell_removed(peer, out)
+            return
+        if beat.incarnation < incarnation:
+            return
+        record.heard_at, record.round, record.digest = now, beat.round, beat.state_digest
+        ours = self.states.digests.get(beat.round)
+        if member is not None and member.active and ours is not None and ours != beat.state_digest:
+            self._cast_out(now, peer, beat, ours, out)
+            return
+        record.synced = ours == beat.state_digest and beat.round >= self.states.round - 1
+        waits = member is not None and not member.active
+        if record.synced and waits and len(self.view.trainers) < self.settings.min_members:
+            self.activating.add(peer)
+        if beat.epoch == self.epoch:
+            self.on_accepted(peer, beat.epoch, beat.view, (beat.incarnation,), out)
+        if self.proposal is not None and (beat.epoch, beat.view) < (self.epoch, self.proposal.number):
+            self._propose_to(peer, out)
+        out.append(Send(peer=peer, message=HeartbeatAck(epoch=self.epoch, view=self.view.number)))
+        self.go_on(now, out)
+
+    def _cast_out(self, now: float, peer: str, beat: Heartbeat, ours: bytes, out: list[Effect]) -> None:
         fact = StateDiverged(peer=peer, round=beat.round, ours=ours.hex(), theirs=beat.state_digest.hex())
         out.append(Report(fact=fact))
-        self.remove(peer, out)
+        self.peers[peer].gone = True
         text = f"your outer state after round {beat.round} is not the run's: fetch it"
         out.append(Send(peer=peer, message=Refuse(reason="diverged", text=text)))
+        self.go_on(now, out)
 
-    def activate(self, out: list[Effect]) -> None:
-        """Members that hold the run's state take part from here on."""
+    def on_state(self, now: float, out: list[Effect]) -> None:
+        """Our outer state is a newer one: a round begins, and members that hold the state take part from here on."""
         near = self.states.round - 1  # whose means are still held by all
-        synced = {p for p, known in self.peers.items() if known.synced and known.round >= near}
-        ripe = {m.id for m in self.view.members if not m.active and m.id in synced}
-        if ripe:
-            self._number(tuple(replace(m, active=True) if m.id in ripe else m for m in self.view.members), out)
+        self.activating |= {p for p, known in self.peers.items() if known.synced and known.round >= near}
+        self.go_on(now, out)
 
-    def remove(self, peer: str, out: list[Effect]) -> None:
-        if self.peers.pop(peer, None) is not None:
-            self._number(tuple(m for m in self.view.members if m.id != peer), out)
+    # --- views --------------------------------------------------------------------------------------------------
 
-    def remove_silent(self, now: float, out: list[Effect]) -> None:
-        silent = {p: now - known.heard_at for p, known in self.peers.items()}
-        lost = [m for m in self.view.members if silent.get(m.id, 0.0) > self.settings.failure_timeout_s]
-        if not lost:
+    def go_on(self, now: float, out: list[Effect]) -> None:
+        """Propose the next view, if there is anything to change and nothing under way."""
+        if self.proposal is not None:
             return
-        for member in lost:
-            del self.peers[member.id]
-        self._number(tuple(m for m in self.view.members if m not in lost), out)
-        for m in lost:
-            fact = MemberLost(peer=m.id, name=m.name, silent_s=round(silent[m.id], 3), view=self.view.number)
-            out.append(Report(fact=fact))
+        members = self._members(now)
+        if not members:
+            return  # we leave, and nobody is left
+        commit = self.commit if self._is_next(self.commit) else None
+        if members == self.view.members and commit is None and self.opened:
+            return
+        self.opened = True
+        view = View(
+            lineage=self.view.lineage,
+            epoch=self.epoch,
+            number=self.view.number + 1,
+            previous=view_digest(self.view),
+            leader=self.me,
+            members=members,
+            commit=commit or self.view.commit,
+        )
+        self.propose(view, out)
 
-    def on_goodbye(self, peer: str, goodbye: Goodbye, out: list[Effect]) -> None:
-        """Take a member out; a repeated goodbye gets the view without it once more."""
-        member = self.view.member(peer)
-        if member is not None and member.incarnation != goodbye.incarnation:
-            return  # of an earlier start
-        if member is not None:
-            self.remove(peer, out)
-            out.append(Report(fact=MemberLeft(peer=peer, name=member.name, view=self.view.number)))
-        out.append(Send(peer=peer, message=ViewUpdate(view=self.view)))
+    def propose(self, view: View, out: list[Effect], *, again: bool = False) -> None:
+        self.proposal, self.stored_by, self.again = view, set(), again
+        asked = dict.fromkeys([*(m.id for m in view.members), *(m.id for m in self.view.members), self.me])
+        for peer in asked:
+            self._propose_to(peer, out)
+
+    def _propose_to(self, peer: str, out: list[Effect]) -> None:
+        view = self.proposal
+        assert view is not None
+        change = None
+        if not self.again:
+            commit = view.commit if view.commit != self.view.commit else None
+            change = change_between(self.view, view.members, view.epoch, view.leader, commit)
+        message = Propose(epoch=self.epoch, number=view.number, digest=view_digest(view), change=change)
+        out.append(Send(peer=peer, message=message))
+
+    def on_accepted(self, peer: str, epoch: int, number: int, incarnations: Collection[int], out: list[Effect]) -> bool:
+        """Whether the proposal is decided with this."""
+        proposal = self.proposal
+        if proposal is None or (epoch, number) != (self.epoch, proposal.number):
+            return False
+        if entitled(self.view, peer, incarnations):
+            self.stored_by.add(peer)
+        if not is_quorum(self.view, self.stored_by):
+            return False
+        self._decide(proposal, out)
+        return True
+
+    def _decide(self, view: View, out: list[Effect]) -> None:
+        before, self.view, self.proposal = self.view, view, None
+        self._account_for(before, out)
+        ack = HeartbeatAck(epoch=self.epoch, view=view.number)
+        out += [Send(peer=p, message=ack) for p in dict.fromkeys([*(m.id for m in view.members), self.me])]
+        for peer in sorted(self.welcome):
+            if view.member(peer) is not None:
+                self.welcome.discard(peer)
+                self._welcome(peer, out)
+
+    def _account_for(self, before: View, out: list[Effect]) -> None:
+        view = self.view
+        old, new = {(m.id, m.incarnation): m for m in before.members}, {(m.id, m.incarnation) for m in view.members}
+        for member in [m for key, m in old.items() if key not in new and m.id != self.me]:
+            record = self.peers.get(member.id)
+            silent_s = record.silent_s if record else 0.0
+            if record is not None and record.gone:
+                del self.peers[member.id]
+            if silent_s:
+                fact = MemberLost(peer=member.id, name=member.name, silent_s=round(silent_s, 3), view=view.number)
+                out.append(Report(fact=fact))
+            else:
+                out.append(Report(fact=MemberLeft(peer=member.id, name=member.name, view=view.number)))
+        for member in [m for m in view.members if (m.id, m.incarnation) not in old]:
+            out.append(Report(fact=MemberJoined(peer=member.id, name=member.name, view=view.number)))
+        self.activating -= {m.id for m in view.active}
+        if view.commit == self.commit:
+            self.commit = None
+
+    def _is_next(self, commit: Commit | None) -> bool:
+        last = self.view.commit.round if self.view.commit else -1
+        return commit is not None and commit.epoch == self.epoch and commit.round > last
+
+    def _members(self, now: float) -> tuple[Member, ...]:
+        """Who should be in the next view: those that are in it now and stay, in their order, then the new ones."""
+        members = [m for m in map(self._as_it_should_be, self.view.members) if m is not None]
+        known = {m.id for m in members}
+        new = [p for p in self.peers.values() if p.member.id not in known and not p.gone]
+        members += [replace(p.member, active=False, voter=False, reachable=False, weight=1) for p in new]
+        if self.hands_over(now):
+            members = [m for m in members if m.id != self.me]
+            if not any(m.voter for m in members):  # somebody must be able to go on
+                members = [replace(m, voter=m.active or not any(o.active for o in members)) for m in members]
+        return tuple(self._with_reachability(m) for m in members)
+
+    def _as_it_should_be(self, member: Member) -> Member | None:
+        weight = self.weights.get(member.id, member.weight)
+        if member.id == self.me:
+            active = (member.active and member.incarnation == self.own.incarnation) or self._i_am_synced()
+            return replace(self.own, active=active, voter=member.voter, reachable=True, weight=weight)
+        record = self.peers.get(member.id)
+        if record is None or record.gone:
+            return None
+        if record.member.incarnation != member.incarnation:
+            # It comes anew, as the last one; but not if it promised this epoch as what the view calls it.
+            known = member.incarnation in record.incarnations
+            return replace(record.member, active=False, voter=member.voter, weight=weight) if known else None
+        active = member.active or member.id in self.activating
+        if active and record.began < 0:
+            record.began = self.states.round
+        voter = member.voter or (member.active and record.synced and record.round > record.began)
+        return replace(member, active=active, voter=voter, weight=weight)
+
+    def _i_am_synced(self) -> bool:
+        commit = self.view.commit
+        return commit is None or self.states.round >= commit.round
+
+    def _with_reachability(self, member: Member) -> Member:
+        reachable = True if member.id == self.me else self.reachable.get(member.id, member.reachable)
+        return member if reachable == member.reachable else replace(member, reachable=reachable)
+
+    # --- silence ------------------------------------------------------------------------------------------------
+
+    def judge(self, now: float, out: list[Effect]) -> bool:
+        """Leave the silent out. ``False``: the others are no quorum, and we do not lead any more."""
+        timeout_s = self.settings.failure_timeout_s
+        silent = {id: now - p.heard_at for id, p in self.peers.items() if now - p.heard_at > timeout_s and not p.gone}
+        heard = {id for id, p in self.peers.items() if id not in silent and not p.silent_s} | {self.me}
+        if not is_quorum(self.view, heard):
+            return False
+        for id, silent_s in silent.items():
+            self.peers[id].gone, self.peers[id].silent_s = True, silent_s
+        members = {m.id for m in self.view.members}
+        for id in [id for id, p in self.peers.items() if p.gone and id not in members and self.proposal is None]:
+            del self.peers[id]
+        self.go_on(now, out)
+        self._propose_again(now, out)
+        return True
+
+    def _propose_again(self, now: float, out: list[Effect]) -> None:
+        """To the voters that have not stored it: one that does not follow us yet sends no heartbeats."""
+        if self.proposal is None or now < self.repeat_at:
+            return
+        self.repeat_at = now + self.settings.heartbeat_s
+        for voter in self.view.voters:
+            if voter.id not in self.stored_by:
+                self._propose_to(voter.id, out)
 
     def forgive(self, late_s: float) -> None:
         """We were asleep so long: nobody is to blame for what we did not hear."""
@@ -185,31 +376,34 @@ class Leadership:
 
     def wake_at(self, now: float) -> float:
         """When somebody's silence has to be judged next."""
-        expiry = min((p.heard_at for p in self.peers.values()), default=now) + self.settings.failure_timeout_s
-        return min(now + self.settings.heartbeat_s, max(now, expiry + 0.001))
+        waiting = [p.heard_at for p in self.peers.values() if not p.gone]
+        expiry = min(waiting, default=now) + self.settings.failure_timeout_s
+        times = [now + self.settings.heartbeat_s, max(now, expiry + 0.001)]
+        if self.leaving_since is not None and not self.hands_over(now):
+            times.append(max(now, self.leaving_since + self.settings.heartbeat_s / 2))
+        return min(times)
 
-    def leave(self, out: list[Effect]) -> None:
-        """The leader goes last: the others may still need its chunks."""
-        self.leaving = True
-        self._dismiss(out)
+    # --- leaving ------------------------------------------------------------------------------------------------
 
-    def end_if_alone(self, out: list[Effect]) -> bool:
-        if self.leaving and not self.peers:
-            out.append(Finish())
-            return True
-        return False
+    def on_goodbye(self, now: float, peer: str, goodbye: Goodbye, out: list[Effect]) -> None:
+        """Take a member out; who says it again learns that it is out."""
+        record = self.peers.get(peer)
+        if record is not None and record.member.incarnation == goodbye.incarnation:
+            record.gone = True
+            if self.leaving_since is not None:
+                self.leaving_since = now
+            self.go_on(now, out)
+        if self.view.member(peer) is None:
+            out.append(Send(peer=peer, message=ViewUpdate(epoch=self.epoch, decided=True, view=self.view)))
 
-    def _dismiss(self, out: list[Effect]) -> None:
-        """A leaving leader says goodbye to the members that have the last round; silence removes the others."""
-        if not self.leaving:
-            return
-        text = "the leader has left: the run ends here, and every member keeps its outer state"
-        goodbye = Goodbye(incarnation=self.settings.me.incarnation, text=text)
-        out += [Send(peer=p, message=goodbye) for p, known in self.peers.items() if known.round >= self.states.round]
+    def hands_over(self, now: float) -> bool:
+        return self.leaving_since is not None and now >= self.leaving_since + self.settings.heartbeat_s / 2
 
-    def _number(self, members: tuple[Member, ...], out: list[Effect]) -> None:
-        """Make the next view of ``members``, and tell everybody in it."""
-        view = self.view
-        self.view = View(epoch=view.epoch, number=view.number + 1, leader=view.leader, members=members)
-        out += adopt(self.view, self.settings)
-        out += [Send(peer=m.id, message=ViewUpdate(view=self.view)) for m in members if m.id != view.leader]
+    @property
+    def alone(self) -> bool:
+        """Nobody is left to hand over to."""
+        return not any(not p.gone for p in self.peers.values())
+
+
+def may_lead(member: Member) -> bool:
+    return member.voter and member.reachable

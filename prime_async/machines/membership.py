@@ -1,51 +1,63 @@
-"""Who is in the run: hello, heartbeats, numbered views.
+"""Who is in the run: hello, heartbeats, and numbered views that a quorum agrees on.
 
 The rules:
 
-* One member leads: it numbers the views, and a higher (epoch, number) replaces a lower one. A node with no contacts
-  founds the run and leads it. (A lost leader ends the run, and its members keep their state. The founder's start is
-  the epoch, so that the views of one that starts again are not mistaken for its earlier ones.)
-* No node goes back: one that holds the outer state of a later round than a leader whose views it does not know ends
-  with an error instead of joining, and keeps its state.
+* What the members agree on is a sequence of views; see :mod:`~prime_async.machines.ballot` and
+  :mod:`~prime_async.machines.acceptor` for how one is decided, :mod:`~prime_async.machines.leadership` for who makes
+  them, :mod:`~prime_async.machines.election` for how a lost leader is replaced. Everybody goes by decided views alone.
+* A node with no contacts and no ballot on disk founds the run, as a lineage of its own, and leads it.
 * A node asks with ``Hello`` until it is answered. ``Welcome`` takes it into a view, ``Redirect`` names the leader,
   ``Refuse`` says why not. All three may be lost or come twice.
-* A new member is not active: nobody waits for it, and it owns nothing. It becomes active once its heartbeat shows the
-  run's outer state: at the next round's start, or at once while fewer than ``min_members`` are active, so that it
-  begins its inner steps together with the others.
-* Members send the leader a heartbeat every ``heartbeat_s`` and after every outer step. One that was silent for
-  ``failure_timeout_s`` on the leader's clock is not in the next view. A member that hears as long nothing from the
-  leader has lost it: it asks again, as a new incarnation, for three timeouts more, and then gives up.
-* A machine that wakes late was itself asleep: it gives everybody the time that it lost before it judges them.
-* A member that learns that it was removed asks again, as a new incarnation.
-* The digests in heartbeats are compared: a member whose digest differs from the leader's for the same round is removed
-  as ``diverged``, asks again, and fetches the state.
-* A member that leaves says goodbye until the leader shows it a view without it, three times at most.
-* A leader that leaves waits until the others have the last round, says goodbye to them, and goes when they have gone.
+* Members send the leader a heartbeat every ``heartbeat_s`` and after every outer step. One that hears nothing from its
+  leader for ``failure_timeout_s`` on its own clock has lost it: it asks its contacts and, in turn, the members who
+  leads; and if it may lead, it stands for election, the longest-standing first and each next one ``heartbeat_s`` later.
+* Nobody supports a candidate while it hears its leader. A candidate gives way to one that has been a member for longer.
+  A leader that hears no quorum steps down.
+* A member that learns that it was removed asks again, as a new incarnation. One that was started again is another
+  incarnation, too; with its ballot it can still vote as the one before.
+* Who was a member keeps its work and waits, as long as it takes, and says so. Nodes of another lineage are told apart:
+  neither takes the other in.
+* A machine that wakes late was itself asleep: it gives everybody the time that it lost before it judges them. A leader
+  that slept longer than the failure timeout does not take itself for one any more.
+* A member that leaves says goodbye until the leader shows it a view without it, three times at most; a leader, when a
+  view without it is decided, to everybody.
 
-May be lost: any message; heartbeats and their answers repair views. Never believed: a view that does not come from
-the leader it names, and anything from an incarnation that is not in the view.
+May be lost: any message; heartbeats and their answers repair views. Never believed: a view or proposal that does not
+come from a member, or that is of an epoch which is over, and anything from an incarnation that is not in the view.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from blake3 import blake3
 from msgspec.structs import replace
 
+from prime_async.machines.acceptor import Acceptor
+from prime_async.machines.ballot import Ballot, entitled
+from prime_async.machines.door import judge_hello, setting_differences
+from prime_async.machines.election import Candidate
 from prime_async.machines.facts import (
+    CutOff,
     Founded,
     HelloRefused,
     Joined,
     KeyDenied,
+    LeaderElected,
     LeaderSilent,
     PeerDropped,
-    RunEnding,
     SlowWake,
+    StateNowhere,
+    SteppedDown,
     StillAsking,
+    ViewAdopted,
 )
-from prime_async.machines.leadership import ContactPoint, Leadership, MembershipSettings, OuterStates, adopt
+from prime_async.machines.leadership import ContactPoint, Leadership, MembershipSettings, OuterStates, Peer, may_lead
 from prime_async.machines.vocabulary import (
     AskAgain,
+    BallotStored,
+    CommitReady,
+    ConnectMembers,
     Dial,
     DoorClosed,
     Effect,
@@ -56,61 +68,89 @@ from prime_async.machines.vocabulary import (
     Leave,
     Offended,
     Progress,
+    Reached,
     Report,
     RunAt,
     Send,
     StateAt,
     Tell,
     Tick,
+    ViewChanged,
     WakeAt,
+    Weighed,
 )
 from prime_async.messages import (
     PROTOCOL_VERSION,
+    Accepted,
+    AskView,
     Goodbye,
     Heartbeat,
     HeartbeatAck,
     Hello,
     Member,
     Message,
+    Outvoted,
+    Prepare,
+    PreVote,
+    Promise,
+    Propose,
     Redirect,
     Refuse,
+    Support,
     View,
     ViewUpdate,
     Welcome,
 )
 
 MAX_GOODBYES = 3
-MAX_LINE = 512
-"""Characters of a difference: 256 of them are still a message. What a peer said may be longer."""
-PATIENCE = 4
-"""A leader that is silent for so many failure timeouts is given up."""
+VIEWS_KEPT = 32
+ASKED_IN_TURN = 3
+"""Members that one who has lost its leader asks in a heartbeat's time: all of them would be a storm."""
+GRACE_HEARTBEATS = 1.25
+"""So long after a quorum supports it a candidate waits for those whose leader was silent a little less long."""
 
 __all__ = ["ContactPoint", "Membership", "MembershipSettings", "setting_differences"]
 
 
 @dataclass(slots=True)
 class Membership:
-    """See the module's rules. ``role``: "starting", "asking", "member", "leaving", "leader", "gone"."""
+    """See the module's rules. ``role``: "starting", "asking", "member", "leader", "leaving", "gone"."""
 
     settings: MembershipSettings
     role: str = "starting"
-    view: View | None = None
+    view: View | None = None  # the newest decided one
+    in_view: int = 0  # the number of the view in which this incarnation is a member, as far as it knows
+    acceptor: Acceptor = field(init=False)
     states: OuterStates = field(default_factory=OuterStates)
     leadership: Leadership | None = None
+    candidate: Candidate | None = None
+    announced: tuple[int, tuple[Member, ...]] = (0, ())
+    views: dict[int, tuple[int, View]] = field(default_factory=dict)  # number -> epoch, view: newest decided ones
     incarnation: int = 0
+    welcomed_as: int = 0  # the incarnation that was told where the run is
     inner_steps: int = 0
+    leader: str = ""  # whom we follow
     leader_heard_at: float = 0.0
-    leader_gone: bool = False  # it said goodbye: the run ends
-    act_at: float = 0.0  # when the next hello or heartbeat is due
-    asking_since: float = 0.0
-    reported_asking_at: float = 0.0
+    lost: str = ""  # the leader that we lost
+    alone_since: float = 0.0  # when we lost it, or began to ask
+    hold_back_until: float = 0.0  # another candidate has our promise
+    highest_epoch: int = 0  # that we have heard of
+    heard: dict[str, float] = field(default_factory=dict)  # peer -> when
+    act_at: float = 0.0  # when the next hello, heartbeat or goodbye is due
+    asks: int = 0
+    reported_at: float = 0.0
     redirected_to: ContactPoint | None = None
     denied: set[str] = field(default_factory=set)
+    reachable: dict[str, bool] = field(default_factory=dict)
     goodbyes: int = 0
+    farewell: tuple[str, ...] = ()  # whom a goodbye goes to
+    leave_by: float = 0.0
     wake_at: float | None = None
 
     def __post_init__(self) -> None:
         self.incarnation = self.settings.me.incarnation
+        stored = self.settings.ballot or Ballot(incarnations=())
+        self.acceptor = Acceptor(self.settings.me.id, stored.known_as(self.incarnation))
 
     # --- the one way in -----------------------------------------------------------------------------------------
 
@@ -118,6 +158,13 @@ class Membership:
         if self.role == "gone":
             return []
         out: list[Effect] = []
+        self._on_event(now, event, out)
+        self._hear_ourselves(now, out)
+        if self.role != "gone":
+            self._schedule(now, out)
+        return out
+
+    def _on_event(self, now: float, event: Event, out: list[Effect]) -> None:
         match event:
             case StateAt(round=round, digest=digest):
                 self._on_state(now, round, digest, out)
@@ -126,32 +173,128 @@ class Membership:
             case Heard(peer=peer, message=message) if peer == self.settings.me.id:
                 self._on_double(message, out)
             case Heard(peer=peer, message=message):
+                self.heard[peer] = now
                 self._on_message(now, peer, message, out)
+            case BallotStored(seq=seq):
+                out += self.acceptor.on_stored(seq)
             case Progress(inner_steps=steps):
                 self.inner_steps = steps
             case AskAgain():
                 self._on_ask_again(now, out)
+            case CommitReady(commit=commit):
+                if self.leadership is not None:
+                    self.leadership.commit = commit
+                    self.leadership.go_on(now, out)
+            case Weighed(weights=weights):
+                if self.leadership is not None:
+                    self.leadership.weights = dict(weights)
+                    self.leadership.go_on(now, out)
+            case Reached(peer=peer, reachable=reachable):
+                self.reachable[peer] = reachable
+                if self.leadership is not None:
+                    self.leadership.go_on(now, out)
             case DoorClosed(peer=peer, address=address):
                 self._on_door_closed(peer, address, out)
             case Offended():
-                self._on_offence(event, out)
+                self._on_offence(now, event, out)
             case Leave():
                 self._on_leave(now, out)
             case _:
                 raise TypeError(f"membership has no use for {type(event).__name__}")
-        self._follow_leadership(out)
-        self._schedule(now, out)
-        return out
+
+    def _hear_ourselves(self, now: float, out: list[Effect]) -> None:
+        """What this node says to itself, as a leader to a voter, takes effect at once; then what became decided."""
+        at, me = 0, self.settings.me.id
+        while True:
+            while at < len(out):
+                effect = out[at]
+                if isinstance(effect, Send) and effect.peer == me and not isinstance(effect.message, Refuse):
+                    del out[at]
+                    self._on_message(now, me, effect.message, out)
+                else:
+                    at += 1
+            if not self._go_by_decided(now, out):
+                return
 
     @property
     def me(self) -> Member:
         return replace(self.settings.me, incarnation=self.incarnation)
 
-    def _follow_leadership(self, out: list[Effect]) -> None:
-        if self.leadership is not None and self.role == "leader":
-            self.view = self.leadership.view
-            if self.leadership.end_if_alone(out):
-                self.role = "gone"
+    # --- views --------------------------------------------------------------------------------------------------
+
+    def _go_by_decided(self, now: float, out: list[Effect]) -> bool:
+        """Whether there was something new."""
+        decided = self.acceptor.ballot.decided_view
+        if decided is None or self.role == "gone" or (self.view is not None and decided.number <= self.view.number):
+            return False
+        self.view = decided
+        self.views[decided.number] = (self.acceptor.ballot.accepted, decided)
+        needed = decided.commit.view if decided.commit else 0  # over which the committed means name their contributors
+        for old in [n for n in self.views if n <= decided.number - VIEWS_KEPT and n != needed]:
+            del self.views[old]
+        mine = decided.member(self.settings.me.id)
+        out.append(ConnectMembers(view=decided, contacts=tuple(p.id for p in self.settings.contacts)))
+        if mine is not None and mine.incarnation == self.incarnation:
+            self.in_view = decided.number
+            self._announce(decided, out)
+        if self.role == "leader":
+            self._after_decision(now, mine, out)
+        elif self.role == "member" and (mine is None or mine.incarnation != self.incarnation):
+            self._ask_as_new(now, out)
+        elif self.role == "leaving" and mine is None and not self.farewell:
+            self._end(Finish(), out)
+        return True
+
+    def _announce(self, view: View, out: list[Effect]) -> None:
+        """Tell the other machines; and whoever watches, unless only a commit is new."""
+        out += [
+            Tell(actor="exchange", event=ViewChanged(view=view)),
+            Tell(actor="training", event=ViewChanged(view=view)),
+        ]
+        watched = (view.epoch, view.members)
+        if watched == self.announced:
+            return
+        self.announced = watched
+        leader = view.member(view.leader)
+        fact = ViewAdopted(
+            epoch=view.epoch,
+            view=view.number,
+            leader=leader.name if leader else view.leader,
+            members=tuple(m.name for m in view.members),
+            active=len(view.active),
+        )
+        out.append(Report(fact=fact))
+
+    def _after_decision(self, now: float, mine: Member | None, out: list[Effect]) -> None:
+        assert self.leadership is not None
+        if mine is not None:
+            self.leadership.go_on(now, out)
+            return
+        self.role, self.leadership = "leaving", None  # it has handed over
+        assert self.view is not None
+        self.farewell = tuple(m.id for m in self.view.members)
+        self._say_goodbye(now, out)
+
+    def _follow(self, now: float, peer: str, epoch: int) -> None:
+        """``peer`` leads, and was heard."""
+        if self.role == "leader":
+            return
+        self.leader, self.leader_heard_at, self.candidate = peer, now, None
+        self.highest_epoch = max(self.highest_epoch, epoch)
+        if self.role == "asking" and self.in_view and self.welcomed_as == self.incarnation:
+            self.role, self.act_at = "member", now
+
+    def _knows(self, peer: str) -> bool:
+        ballot = self.acceptor.ballot
+        return any(v is not None and v.member(peer) is not None for v in (ballot.view, ballot.before))
+
+    def _may_follow(self, peer: str, epoch: int, out: list[Effect]) -> bool:
+        if self.role in ("starting", "gone") or not self._knows(peer):
+            return False
+        if self.acceptor.takes_part_in(epoch, peer):
+            return True
+        out.append(Send(peer=peer, message=Outvoted(epoch=self.acceptor.ballot.promised)))
+        return False
 
     # --- our own state ------------------------------------------------------------------------------------------
 
@@ -163,83 +306,130 @@ class Membership:
         elif self.role == "member":
             self._heartbeat(now, out)
         elif self.leadership is not None and newer:
-            self.leadership.activate(out)
+            self.leadership.on_state(now, out)
 
     def _start(self, now: float, out: list[Effect]) -> None:
-        if self.settings.contacts:
+        stored = self.acceptor.ballot.view
+        if stored is not None:
+            out.append(ConnectMembers(view=stored, contacts=tuple(p.id for p in self.settings.contacts)))
+        if stored is not None or self.settings.contacts:
+            self.view = self.acceptor.ballot.decided_view
             self._ask_from_now(now, out)
             return
-        self.role = "leader"
-        me = replace(self.me, active=True)
-        self.view = View(epoch=me.incarnation, number=1, leader=me.id, members=(me,))
-        self.leadership = Leadership(self.settings, self.states, self.view)
+        me = replace(self.me, active=True, voter=True, reachable=True)
+        lineage = blake3(self.settings.run_id + f"{me.id}/{me.incarnation}".encode()).digest()
+        view = View(lineage=lineage, epoch=1, number=1, previous=bytes(32), leader=me.id, members=(me,))
+        ballot = replace(self.acceptor.ballot, promised=1, promised_to=me.id, accepted=1, view=view, decided=True)
+        self.role, self.leader = "leader", me.id
+        self.leadership = Leadership(self.settings, self.me, self.states, 1, view, {}, self.reachable, opened=True)
+        self.acceptor.store(ballot, out)
         out.append(Report(fact=Founded()))
-        out += adopt(self.view, self.settings)
         self._on_ask_again(now, out)
 
     def _on_ask_again(self, now: float, out: list[Effect]) -> None:
-        """Checkpoint wants to know where the run is. The leader's own state is the run's."""
-        if self.role == "leader":
-            at = RunAt(round=self.states.round, digest=self.states.digest, provider=self.settings.me.id)
-            out.append(Tell(actor="checkpoint", event=at))
+        """Checkpoint wants to know where the run is."""
+        if self.leadership is not None:
+            round, digest, provider = self.leadership.run_state(self.settings.me.id)
+            commit = self.leadership.view.commit
+            if commit is not None and round < commit.round:
+                self._say_state_is_nowhere(commit.round, out)
+            out.append(Tell(actor="checkpoint", event=RunAt(round=round, digest=digest, provider=provider)))
         elif self.role in ("asking", "member"):
             self._ask(now, out)
+
+    def _say_state_is_nowhere(self, round: int, out: list[Effect]) -> None:
+        advice = (
+            "no member that is here holds the outer state that the last commit leads to: start a node that has it, or "
+            "carry on from an older one with `prime-async recover --force`"
+        )
+        out.append(Report(fact=StateNowhere(round=round, ours=self.states.round, advice=advice)))
 
     # --- asking -------------------------------------------------------------------------------------------------
 
     def _ask_from_now(self, now: float, out: list[Effect]) -> None:
-        self.role = "asking"
-        self.asking_since = self.reported_asking_at = now
+        """There is no leader that we hear, or we are no member."""
+        self.role, self.lost, self.leader, self.candidate = "asking", self.leader, "", None
+        self.alone_since = self.reported_at = now
         self._ask(now, out)
 
     def _ask(self, now: float, out: list[Effect]) -> None:
         self.act_at = now + self.settings.heartbeat_s
         for point in self._whom_to_ask():
             self._ask_one(point, out)
+        self.asks += 1
 
     def _ask_one(self, point: ContactPoint, out: list[Effect]) -> None:
-        spec = self.settings.settings
-        hello = Hello(protocol=PROTOCOL_VERSION, run_id=self.settings.run_id, settings=spec, member=self.me)
+        stored = self.acceptor.ballot.view
+        hello = Hello(
+            protocol=PROTOCOL_VERSION,
+            run_id=self.settings.run_id,
+            settings=self.settings.settings,
+            member=self.me,
+            lineage=stored.lineage if stored else b"",
+            view=self.in_view,
+        )
         out.append(Dial(peer=point.id, control=point.control))
         out.append(Send(peer=point.id, message=hello))
 
-    def _asked(self, peer: str) -> bool:
-        return any(peer == p.id for p in self._whom_to_ask())
+    def _members_to_ask(self) -> list[ContactPoint]:
+        stored = self.acceptor.ballot.view
+        members = stored.members if stored else ()
+        return [ContactPoint(id=m.id, control=m.control) for m in members if m.id != self.settings.me.id]
 
     def _whom_to_ask(self) -> list[ContactPoint]:
+        """The contacts, the leader as far as we know, and some of the members, in turn."""
         points = {p.id: p for p in self.settings.contacts}
+        members = self._members_to_ask()
+        for k in range(min(ASKED_IN_TURN, len(members))):
+            point = members[(self.asks * ASKED_IN_TURN + k) % len(members)]
+            points[point.id] = point
+        points |= {p.id: p for p in members if p.id == self.leader}
         if self.redirected_to is not None:
             points[self.redirected_to.id] = self.redirected_to
-        leader = self.view.member(self.view.leader) if self.view else None
-        if leader is not None:
-            points[leader.id] = ContactPoint(id=leader.id, control=leader.control)
         return [p for p in points.values() if p.id != self.settings.me.id]
+
+    def _asked(self, peer: str) -> bool:
+        known = {p.id for p in (*self.settings.contacts, *self._members_to_ask())}
+        return peer in known or (self.redirected_to is not None and peer == self.redirected_to.id)
 
     def _on_welcome(self, now: float, peer: str, welcome: Welcome, out: list[Effect]) -> None:
         view = welcome.view
-        mine = view.member(self.settings.me.id)
-        if not self._asked(peer) or view.leader != peer or mine is None or mine.incarnation != self.incarnation:
+        mine, stored = view.member(self.settings.me.id), self.acceptor.ballot.view
+        if not self._asked(peer) or mine is None or mine.incarnation != self.incarnation:
             return
-        unknown = self.view is None or self.view.epoch != view.epoch
-        if unknown and welcome.round < self.states.round:
+        if stored is not None and stored.lineage != view.lineage:
+            return
+        if not self.acceptor.takes_part_in(welcome.epoch, peer):
+            out.append(Send(peer=peer, message=Outvoted(epoch=self.acceptor.ballot.promised)))
+            return
+        if stored is None and welcome.round < self.states.round:
             self._refuse_to_go_back(welcome, out)
             return
-        self.leader_heard_at = now
-        if self.role == "asking":
-            self.role = "member"
+        self.acceptor.learn(peer, welcome.epoch, view, out)
+        newly, self.welcomed_as = self.role == "asking", self.incarnation
+        self.in_view = self.in_view or view.number
+        self._follow(now, peer, welcome.epoch)
+        if newly:
+            self.hold_back_until = 0.0
             out.append(Report(fact=Joined(leader=peer, view=view.number, round=welcome.round)))
-        self._adopt_newer(view, out)
-        self._heartbeat(now, out)
-        at = RunAt(round=welcome.round, digest=welcome.state_digest, provider=peer)
+        at = RunAt(round=welcome.round, digest=welcome.state_digest, provider=welcome.provider)
+        last = view.commit.round if view.commit else -1
+        if welcome.round < self.states.round <= last + 1:  # nobody goes back: the others may fetch from us
+            at = RunAt(round=self.states.round, digest=self.states.digest, provider=self.settings.me.id)
+        self._go_by_decided(now, out)
+        if self.view is not None and self.view.number >= view.number and newly:
+            self._announce(self.view, out)
         out.append(Tell(actor="checkpoint", event=at))
+        if self.role == "member":
+            self._heartbeat(now, out)
 
     def _refuse_to_go_back(self, welcome: Welcome, out: list[Effect]) -> None:
         text = (
-            f"this node holds the outer state after {self.states.round} rounds, the leader that answers one after "
+            f"this node holds the outer state after {self.states.round} rounds, the run that it asks to join one after "
             f"{welcome.round}: start the run again from this node, without node.join; or, to give its state up, move "
             "the file in node.directory away"
         )
-        self._end(Fail(kind="leader_lost", text=text), out)
+        self._end(Fail(kind="refused", text=text, reason="other_lineage"), out)
 
     def _on_redirect(self, peer: str, redirect: Redirect, out: list[Effect]) -> None:
         """Whom it names is asked at once, and it alone: members that name different leaders must not echo."""
@@ -252,14 +442,20 @@ class Membership:
 
     def _on_refuse(self, now: float, peer: str, refusal: Refuse, out: list[Effect]) -> None:
         if refusal.reason in ("not_a_member", "diverged"):
-            if self._is_leader(peer):
+            waits = self.role == "asking" and self._asked(peer)
+            if waits or (self.role == "member" and peer == self.leader):
                 self._ask_as_new(now, out)
         elif self.role == "asking" and self._asked(peer):
+            if self.acceptor.ballot.view is not None and refusal.reason == "other_lineage":
+                out.append(Report(fact=HelloRefused(peer=peer, reason=refusal.reason, text=refusal.text)))
+                return  # it is one of another lineage; ours may still come back
             fail = Fail(kind="refused", text=refusal.text, reason=refusal.reason, differences=refusal.differences)
             self._end(fail, out)
 
     def _ask_as_new(self, now: float, out: list[Effect]) -> None:
         self.incarnation += 1
+        self.in_view = 0
+        self.acceptor.rename(self.incarnation, out)
         self._ask_from_now(now, out)
 
     def _on_door_closed(self, peer: str, address: str, out: list[Effect]) -> None:
@@ -267,7 +463,7 @@ class Membership:
             self.denied.add(peer)
             out.append(Report(fact=KeyDenied(peer=peer, address=address)))
         contacts = {p.id for p in self.settings.contacts}
-        if self.role == "asking" and contacts <= self.denied:
+        if self.role == "asking" and contacts <= self.denied and self.acceptor.ballot.view is None:
             text = (
                 f"{address} does not allow this node's key {self.settings.me.id}: "
                 "ask the operator there to add it to node.allow, or to the file that node.allow_file names"
@@ -296,65 +492,74 @@ class Membership:
                 self._on_refuse(now, peer, message, out)
             case Heartbeat() if self.leadership is not None:
                 self.leadership.on_heartbeat(now, peer, message, out)
-            case HeartbeatAck() if self._is_leader(peer):
-                self.leader_heard_at = now
-            case ViewUpdate(view=view) if self._is_leader(peer) and view.leader == peer:
-                self.leader_heard_at = now
-                self._adopt_newer(view, out)
-                self._check_still_in(now, out)
-            case ViewUpdate(view=view) if self.role == "leaving" and view.leader == peer and self._left(view):
-                self._end(Finish(), out)
-            case Goodbye() if self.leadership is not None:
-                self.leadership.on_goodbye(peer, message, out)
-            case Goodbye(text=text) if self._is_leader(peer) and not self.leader_gone:
-                self.leader_gone = True
-                out += [Report(fact=RunEnding(text=text)), Tell(actor="training", event=Leave(at_once=True))]
+            case Accepted() if self.leadership is not None:
+                self.leadership.on_accepted(peer, message.epoch, message.number, message.incarnations, out)
+            case Goodbye():
+                self._on_goodbye(now, peer, message, out)
+            case AskView(number=number) if self._knows(peer):
+                self._show(peer, number, out)
+            case HeartbeatAck() | Propose() | ViewUpdate():
+                self._on_leader(now, peer, message, out)
             case _:
-                pass  # a late or repeated answer
-
-    def _left(self, view: View) -> bool:
-        return self.view is not None and view.leader == self.view.leader and view.member(self.settings.me.id) is None
-
-    def _is_leader(self, peer: str) -> bool:
-        return self.role == "member" and self.view is not None and peer == self.view.leader
-
-    def _adopt_newer(self, view: View, out: list[Effect]) -> None:
-        if self.view is None or (view.epoch, view.number) > (self.view.epoch, self.view.number):
-            self.view = view
-            out += adopt(view, self.settings)
-
-    def _check_still_in(self, now: float, out: list[Effect]) -> None:
-        mine = self.view.member(self.settings.me.id) if self.view else None
-        if mine is None or mine.incarnation != self.incarnation:
-            self._ask_as_new(now, out)
+                self._on_election(now, peer, message, out)
 
     def _on_hello(self, now: float, peer: str, hello: Hello, out: list[Effect]) -> None:
-        refusal = self._why_not(peer, hello)
+        stored = self.acceptor.ballot.view
+        refusal = judge_hello(self.settings, stored.lineage if stored else b"", peer, hello)
         if refusal is not None:
             fact = HelloRefused(peer=peer, reason=refusal.reason, text=refusal.text, differences=refusal.differences)
             out += [Report(fact=fact), Send(peer=peer, message=refusal)]
         elif self.leadership is not None:
             self.leadership.take_in(now, peer, hello, out)
         elif self.role == "member" and self.view is not None:
-            leader = self.view.member(self.view.leader)
-            if leader is not None:
+            leader = self.view.member(self.leader)
+            if leader is not None and leader.id != peer:
                 out.append(Send(peer=peer, message=Redirect(leader=leader.id, control=leader.control)))
 
-    def _why_not(self, peer: str, hello: Hello) -> Refuse | None:
-        if hello.protocol != PROTOCOL_VERSION:
-            text = f"this run speaks protocol {PROTOCOL_VERSION}, the node that asks speaks {hello.protocol}: "
-            return Refuse(reason="other_protocol", text=text + "install the same version of prime-async")
-        if hello.run_id != self.settings.run_id:
-            text = "the node that asks has another run spec: copy the [run] table of a member"
-            differences = setting_differences(self.settings.settings, hello.settings)
-            return Refuse(reason="other_run", text=text, differences=differences[:256])
-        if self.leader_gone or (self.leadership is not None and self.leadership.leaving):
-            return Refuse(reason="leader_left", text="the run is ending: its leader has left")
-        if hello.member.id != peer:
-            return Refuse(reason="key_not_allowed", text="the hello names another key than the connection's")
-        return None
+    def _on_leader(
+        self, now: float, peer: str, message: HeartbeatAck | Propose | ViewUpdate, out: list[Effect]
+    ) -> None:
+        if self.role == "leaving" and isinstance(message, ViewUpdate) and message.decided:
+            self.acceptor.learn(peer, message.epoch, message.view, out)
+            return
+        if isinstance(message, ViewUpdate) and peer not in (self.leader, message.view.leader):
+            return  # the exchange asked for it
+        if not self._may_follow(peer, message.epoch, out):
+            return
+        if self.leadership is not None and peer != self.settings.me.id:
+            self._step_down(now, "another leads a higher epoch", out)
+        self._follow(now, peer, message.epoch)
+        match message:
+            case Propose():
+                self.acceptor.on_propose(peer, message, out)
+            case ViewUpdate():
+                self.acceptor.on_view(peer, message, out)
+            case HeartbeatAck(epoch=epoch, view=number):
+                if not self.acceptor.decide(epoch, number, out):
+                    out.append(Send(peer=peer, message=AskView(number=number)))
 
-    def _on_offence(self, offence: Offended, out: list[Effect]) -> None:
+    def _show(self, peer: str, number: int, out: list[Effect]) -> None:
+        """Send a view whole: a decided one that we still have, or what we propose."""
+        proposal = self.leadership.proposal if self.leadership is not None else None
+        if self.leadership is not None and proposal is not None and proposal.number == number:
+            update = ViewUpdate(epoch=self.leadership.epoch, decided=False, view=proposal)
+        elif number in self.views:
+            epoch, view = self.views[number]
+            epoch = self.leadership.epoch if self.leadership is not None else epoch
+            update = ViewUpdate(epoch=epoch, decided=True, view=view)
+        elif self.leadership is not None:
+            update = ViewUpdate(epoch=self.leadership.epoch, decided=True, view=self.leadership.view)
+        else:
+            return
+        out.append(Send(peer=peer, message=update))
+
+    def _on_goodbye(self, now: float, peer: str, goodbye: Goodbye, out: list[Effect]) -> None:
+        if self.leadership is not None:
+            self.leadership.on_goodbye(now, peer, goodbye, out)
+        elif self.role == "member" and peer == self.leader:
+            self._ask_from_now(now, out)
+
+    def _on_offence(self, now: float, offence: Offended, out: list[Effect]) -> None:
         fact = PeerDropped(
             peer=offence.peer,
             plane=offence.plane,
@@ -363,87 +568,258 @@ class Membership:
             shut_out=offence.shut_out,
         )
         out.append(Report(fact=fact))
-        if offence.shut_out and self.leadership is not None:
-            self.leadership.remove(offence.peer, out)
+        record = self.leadership.peers.get(offence.peer) if self.leadership is not None else None
+        if offence.shut_out and self.leadership is not None and record is not None:
+            record.gone = True
+            self.leadership.go_on(now, out)
+
+    # --- elections ----------------------------------------------------------------------------------------------
+
+    def _hears_leader(self, peer: str) -> bool:
+        return self.role == "leader" or (self.role == "member" and peer != self.leader)
+
+    def _on_election(self, now: float, peer: str, message: Message, out: list[Effect]) -> None:
+        if not self._knows(peer) or self.role == "starting":
+            return
+        ballot, own = self.acceptor.ballot, peer == self.settings.me.id
+        match message:
+            case PreVote(epoch=epoch):
+                if not own and self._hears_leader(peer):
+                    self._point_out_leader(peer, out)
+                    return
+                self._give_way(now, peer)
+                if epoch <= ballot.promised:
+                    out.append(Send(peer=peer, message=Outvoted(epoch=ballot.promised)))
+                else:
+                    out.append(Send(peer=peer, message=Support(epoch=epoch, incarnations=ballot.incarnations)))
+            case Prepare(epoch=epoch):
+                self._on_prepare(now, peer, message, out)
+            case Support() if self.candidate is not None:
+                self.candidate.on_support(now, peer, message, out)
+            case Promise() if self.candidate is not None:
+                self.candidate.on_promise(peer, message, out)
+                self._lead_if_won(now, out)
+            case Outvoted(epoch=epoch):
+                self._on_outvoted(now, epoch, out)
+            case _:
+                pass  # a late or repeated answer
+
+    def _give_way(self, now: float, peer: str) -> None:
+        """To a longer-standing candidate: two that split the promises between them would both fail."""
+        view = self.acceptor.ballot.view
+        order = [m.id for m in view.members if may_lead(m)] if view else []
+        me = self.settings.me.id
+        if peer in order and (me not in order or order.index(peer) < order.index(me)):
+            self.candidate = None
+            self.hold_back_until = max(self.hold_back_until, now + 1.5 * self.settings.heartbeat_s)
+
+    def _point_out_leader(self, peer: str, out: list[Effect]) -> None:
+        if self.leadership is not None:
+            ack = HeartbeatAck(epoch=self.leadership.epoch, view=self.leadership.view.number)
+            out.append(Send(peer=peer, message=ack))
+            return
+        leader = self.view.member(self.leader) if self.view else None
+        if leader is not None:
+            out.append(Send(peer=peer, message=Redirect(leader=leader.id, control=leader.control)))
+
+    def _on_prepare(self, now: float, peer: str, prepare: Prepare, out: list[Effect]) -> None:
+        ballot, own = self.acceptor.ballot, peer == self.settings.me.id
+        if not own and self._hears_leader(peer):
+            return
+        if prepare.epoch < ballot.promised or (prepare.epoch == ballot.promised and ballot.promised_to != peer):
+            out.append(Send(peer=peer, message=Outvoted(epoch=ballot.promised)))
+            return
+        if not own:
+            self.candidate = None
+            self.hold_back_until = now + 2 * self.settings.heartbeat_s
+        blank = Promise(
+            epoch=0, decided=0, number=0, accepted_epoch=0, member=self.me, incarnations=ballot.incarnations
+        )
+        self.acceptor.promise(peer, prepare, blank, out)
+
+    def _on_outvoted(self, now: float, epoch: int, out: list[Effect]) -> None:
+        self.highest_epoch = max(self.highest_epoch, epoch)
+        # The same epoch: that member has promised it to another candidate, and cannot follow us in it.
+        if self.leadership is not None and epoch >= self.leadership.epoch:
+            self._step_down(now, f"a member has promised epoch {epoch}", out)
+        elif self.candidate is not None and epoch >= self.candidate.epoch:
+            self.candidate = None
+
+    def _may_stand(self) -> bool:
+        ballot = self.acceptor.ballot
+        view = ballot.view
+        mine = view.member(self.settings.me.id) if view else None
+        if view is None or mine is None or not may_lead(mine):
+            return False
+        return entitled(view, mine.id, ballot.incarnations)
+
+    def _my_turn_at(self) -> float:
+        """The longest-standing member that may lead stands first."""
+        view = self.acceptor.ballot.view
+        order = [m.id for m in view.members if may_lead(m) and m.id != self.lost] if view else []
+        rank = order.index(self.settings.me.id) if self.settings.me.id in order else 0
+        return max(self.alone_since + rank * self.settings.heartbeat_s, self.hold_back_until)
+
+    def _stand(self, now: float, out: list[Effect]) -> None:
+        if not self._may_stand() or now < self._my_turn_at():
+            return
+        if self.candidate is None:
+            ballot = self.acceptor.ballot
+            epoch = max(ballot.promised, self.highest_epoch) + 1
+            self.candidate = Candidate(self.settings.me.id, ballot, epoch, self.lost, began_at=now)
+        elif self.candidate.preparing and now > self.candidate.began_at + 4 * self.settings.heartbeat_s:
+            self.highest_epoch, self.candidate = self.candidate.epoch, None  # its promises went to another
+            return
+        self.candidate.ask(out)
+        self._lead_if_won(now, out)
+
+    def _lead_if_won(self, now: float, out: list[Effect]) -> None:
+        candidate = self.candidate
+        if candidate is None or not candidate.won(now, GRACE_HEARTBEATS * self.settings.heartbeat_s):
+            return
+        view, before, decided = candidate.newest()
+        peers = {p: Peer(heard_at=now, member=m.member, incarnations=m.incarnations)
+                 for p, m in sorted(candidate.promises.items()) if p != self.settings.me.id}  # fmt: skip
+        silent = [m for m in view.members if m.id not in candidate.promises]
+        for member in silent:
+            silent_s = max(0.001, now - self.heard.get(member.id, self.alone_since))
+            peers[member.id] = Peer(heard_at=now, member=member, gone=True, silent_s=silent_s)
+        base = view if decided or before is None else before
+        self.role, self.leader, self.candidate = "leader", self.settings.me.id, None
+        fact = LeaderElected(
+            epoch=candidate.epoch, seconds=round(now - self.alone_since, 3), silent=tuple(m.name for m in silent)
+        )
+        out.append(Report(fact=fact))
+        self.leadership = Leadership(self.settings, self.me, self.states, candidate.epoch, base, peers, self.reachable)
+        if base is view:
+            self.acceptor.learn(self.settings.me.id, candidate.epoch, view, out)
+            self._go_by_decided(now, out)
+            self.leadership.go_on(now, out)
+        else:
+            self.acceptor.learn(self.settings.me.id, candidate.epoch, base, out)
+            self.leadership.propose(view, out, again=True)
+        self._on_ask_again(now, out)
+
+    def _step_down(self, now: float, reason: str, out: list[Effect]) -> None:
+        assert self.leadership is not None
+        out.append(Report(fact=SteppedDown(epoch=self.leadership.epoch, reason=reason)))
+        leaving = self.leadership.leaving_since is not None
+        self.leadership = None
+        if leaving:
+            self._end(Finish(), out)
+            return
+        self._ask_from_now(now, out)
+        self.lost = ""  # it was ourselves
 
     # --- time ---------------------------------------------------------------------------------------------------
 
     def _on_tick(self, now: float, out: list[Effect]) -> None:
         self._forgive_own_sleep(now, out)
         if self.role == "asking":
-            was_member = self.view is not None
-            if was_member and now - self.asking_since > (PATIENCE - 1) * self.settings.failure_timeout_s:
-                self._give_up(out)
-                return
-            if now >= self.act_at:
-                self._ask(now, out)
-            if now - self.reported_asking_at >= self.settings.failure_timeout_s:
-                self.reported_asking_at = now
-                asked = tuple(p.control for p in self._whom_to_ask())
-                out.append(Report(fact=StillAsking(contacts=asked, seconds=round(now - self.asking_since, 1))))
+            self._on_asking_tick(now, out)
         elif self.role == "member":
             silent_s = now - self.leader_heard_at
-            if silent_s > self.settings.failure_timeout_s and not self.leader_gone:
-                out.append(Report(fact=LeaderSilent(leader=self.view.leader if self.view else "", silent_s=silent_s)))
-                self._ask_as_new(now, out)
+            if silent_s > self.settings.failure_timeout_s:
+                out.append(Report(fact=LeaderSilent(leader=self.leader, silent_s=round(silent_s, 3))))
+                self._ask_from_now(now, out)
+                self._stand(now, out)
             elif now >= self.act_at:
                 self._heartbeat(now, out)
         elif self.role == "leaving":
             if now >= self.act_at:
                 self._say_goodbye(now, out)
         elif self.leadership is not None:
-            self.leadership.remove_silent(now, out)
+            self._on_leading_tick(now, out)
+
+    def _on_asking_tick(self, now: float, out: list[Effect]) -> None:
+        if now >= self.act_at:
+            self._ask(now, out)
+        self._stand(now, out)
+        if self.role == "asking" and now - self.reported_at >= self.settings.failure_timeout_s:
+            self.reported_at = now
+            self._say_still_asking(now, out)
+
+    def _say_still_asking(self, now: float, out: list[Effect]) -> None:
+        seconds = round(now - self.alone_since, 1)
+        view = self.acceptor.ballot.view
+        if view is None or not view.voters:
+            asked = tuple(p.control for p in self._whom_to_ask())
+            out.append(Report(fact=StillAsking(contacts=asked, seconds=seconds)))
+            return
+        recent = now - self.settings.failure_timeout_s
+        heard = sum(self.heard.get(m.id, -1.0) >= recent or m.id == self.settings.me.id for m in view.voters)
+        advice = (
+            "this node keeps its work and goes on as soon as enough of them answer; if they are lost for good, stop it "
+            "and carry on from what it holds with `prime-async recover --force`"
+        )
+        out.append(Report(fact=CutOff(seconds=seconds, heard=heard, voters=len(view.voters), advice=advice)))
+
+    def _on_leading_tick(self, now: float, out: list[Effect]) -> None:
+        assert self.leadership is not None
+        if self.leadership.leaving_since is not None and (self.leadership.alone or now >= self.leave_by):
+            self._end(Finish(), out)
+        elif not self.leadership.judge(now, out):
+            self._step_down(now, "too few voters were heard", out)
 
     def _forgive_own_sleep(self, now: float, out: list[Effect]) -> None:
         late = now - self.wake_at if self.wake_at is not None else 0.0
         self.wake_at = None
-        if late > self.settings.heartbeat_s:
-            self.leader_heard_at += late
-            if self.leadership is not None:
-                self.leadership.forgive(late)
-            out.append(Report(fact=SlowWake(seconds=round(late, 3))))
-
-    def _give_up(self, out: list[Effect]) -> None:
-        leader = self.view.member(self.view.leader) if self.view else None
-        text = (
-            f"the leader {leader.name if leader else 'of the run'!r} has not answered for "
-            f"{PATIENCE * self.settings.failure_timeout_s:g} s. This node's outer state is kept in node.directory: "
-            "start the run again from there"
-        )
-        self._end(Fail(kind="leader_lost", text=text), out)
+        if late <= self.settings.heartbeat_s:
+            return
+        self.leader_heard_at += late
+        self.hold_back_until += late
+        out.append(Report(fact=SlowWake(seconds=round(late, 3))))
+        if self.leadership is not None:
+            self.leadership.forgive(late)
+            if late > self.settings.failure_timeout_s and len(self.leadership.view.voters) > 1:
+                self._step_down(now, f"this node was asleep for {late:.1f} s", out)
 
     def _heartbeat(self, now: float, out: list[Effect]) -> None:
-        if self.view is None:
-            return
         self.act_at = now + self.settings.heartbeat_s
+        epoch, number = self.acceptor.durable
         beat = Heartbeat(
             incarnation=self.incarnation,
-            epoch=self.view.epoch,
-            view=self.view.number,
+            epoch=epoch,
+            view=number,
             round=self.states.round,
             state_digest=self.states.digest,
             inner_steps=self.inner_steps,
         )
-        out.append(Send(peer=self.view.leader, message=beat))
+        out.append(Send(peer=self.leader, message=beat))
 
     def _schedule(self, now: float, out: list[Effect]) -> None:
         """One wake-up is always asked for: the earliest time at which something may have to be done."""
-        if self.role in ("asking", "member", "leaving"):
+        if self.role == "asking":
+            at = min(self.act_at, self._next_try_at(now)) if self._may_stand() else self.act_at
+        elif self.role == "member":
+            at = min(self.act_at, self.leader_heard_at + self.settings.failure_timeout_s + 0.001)
+        elif self.role == "leaving":
             at = self.act_at
-        elif self.role == "leader" and self.leadership is not None:
+        elif self.leadership is not None:
             at = self.leadership.wake_at(now)
-            at = at if self.wake_at is None else min(at, self.wake_at)
+            if self.leadership.leaving_since is not None:
+                at = min(at, max(now, self.leave_by))
         else:
             return
-        if at != self.wake_at:
-            self.wake_at = at
-            out.append(WakeAt(at=at))
+        at = max(at, now)
+        if self.wake_at is not None and self.wake_at <= at:
+            return
+        self.wake_at = at
+        out.append(WakeAt(at=at))
+
+    def _next_try_at(self, now: float) -> float:
+        turn = self._my_turn_at()
+        return turn if turn > now else now + self.settings.heartbeat_s / 4
 
     # --- the end ------------------------------------------------------------------------------------------------
 
     def _on_leave(self, now: float, out: list[Effect]) -> None:
         if self.leadership is not None:
-            self.leadership.leave(out)  # and go when the others have gone
+            if self.leadership.alone:
+                self._end(Finish(), out)
+                return
+            self.leadership.leaving_since = now
+            self.leave_by = now + max(5 * self.settings.heartbeat_s, self.settings.failure_timeout_s)
         elif self.role == "member":
             self.role = "leaving"
             self._say_goodbye(now, out)
@@ -451,23 +827,14 @@ class Membership:
             self._end(Finish(), out)
 
     def _say_goodbye(self, now: float, out: list[Effect]) -> None:
-        if self.goodbyes == MAX_GOODBYES or self.view is None:
+        if self.goodbyes == MAX_GOODBYES:
             self._end(Finish(), out)
             return
         self.goodbyes += 1
         self.act_at = now + self.settings.heartbeat_s / 2
-        out.append(Send(peer=self.view.leader, message=Goodbye(incarnation=self.incarnation)))
+        goodbye = Goodbye(incarnation=self.incarnation)
+        out += [Send(peer=p, message=goodbye) for p in self.farewell or (self.leader,) if p != self.settings.me.id]
 
     def _end(self, effect: Fail | Finish, out: list[Effect]) -> None:
         self.role = "gone"
         out.append(effect)
-
-
-def setting_differences(ours: dict[str, str], theirs: dict[str, str]) -> tuple[str, ...]:
-    """One line for each setting that differs, in order of the settings' names; what is too long for a line is cut."""
-    lines = []
-    for name in sorted(ours.keys() | theirs.keys()):
-        here, there = ours.get(name, "not set"), theirs.get(name, "not set")
-        if here != there:
-            lines.append(f"{name}: {here} in the run, {there} at the node that asks"[:MAX_LINE])
-    return tuple(lines)

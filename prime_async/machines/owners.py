@@ -1,17 +1,62 @@
-"""Who reduces which chunk: a pure function of a view, so that it need not be sent."""
+"""Who reduces which chunk, and under which number: a pure function of a view and a plan's turns, so it is not sent.
+
+The rules:
+
+* The active, reachable members with a weight own chunks, in proportion to it. If none has one, all weigh the same.
+* When owners are lost, each of their chunks goes to another, and only those chunks: they get the turn's number. The
+  number of a chunk thus changes only with its owner, and whoever knows the turns knows every chunk's number.
+* Who is lost stays lost for the round, even if it comes back.
+"""
 
 from __future__ import annotations
 
-from prime_async.messages import View
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from prime_async.messages import Member, Turn, View, positions
+
+
+class Assignment(NamedTuple):
+    """Who makes the mean of a chunk, and the number under which it counts."""
+
+    owner: str
+    epoch: int
+    attempt: int
+
+
+def eligible(view: View) -> tuple[Member, ...]:
+    """Who may own chunks."""
+    reachable = tuple(m for m in view.active if m.reachable)
+    return tuple(m for m in reachable if m.weight) or reachable
+
+
+def assign(view: View, chunk_count: int, turns: Sequence[Turn]) -> tuple[Assignment, ...]:
+    """The assignment of every chunk, in chunk order; empty if nobody is left who may own one."""
+    owners = chunk_owners(view, chunk_count)
+    assigned = [Assignment(owner, turns[0].epoch, turns[0].attempt) for owner in owners]
+    lost: set[str] = set()
+    for turn in turns[1:]:
+        lost |= {view.members[i].id for i in positions(turn.lost)}
+        heirs = _heirs(view, lost)
+        if not heirs:
+            return ()
+        for chunk, at in enumerate(assigned):
+            if at.owner in lost:
+                assigned[chunk] = Assignment(_heir(chunk, heirs), turn.epoch, turn.attempt)
+    return tuple(assigned)
 
 
 def chunk_owners(view: View, chunk_count: int) -> tuple[str, ...]:
-    """The owner's id of every chunk, in chunk order: the active members, in proportion to their weights.
+    """The first owner of every chunk, in chunk order; empty if there is nobody who may own one.
 
     Smooth weighted round-robin, as nginx does it: neighbouring chunks go to different owners, so that all owners can
-    begin at once. Integers only, so that every node computes the same. With no weight at all, all weigh the same.
+    begin at once. Integers only, so that every node computes the same.
     """
-    members = view.active
+    members = eligible(view)
+    if not members:
+        return ()
     weights = [m.weight for m in members]
     if not any(weights):
         weights = [1] * len(members)
@@ -24,3 +69,14 @@ def chunk_owners(view: View, chunk_count: int) -> tuple[str, ...]:
         credit[best] -= total
         owners.append(members[best].id)
     return tuple(owners)
+
+
+def _heirs(view: View, lost: set[str]) -> list[str]:
+    return [m.id for m in eligible(view) if m.id not in lost] or [
+        m.id for m in view.active if m.reachable and m.id not in lost
+    ]
+
+
+def _heir(chunk: int, members: list[str]) -> str:
+    """Rendezvous hashing: every chunk has its own order of preference, so the lost one's chunks go to all."""
+    return max(members, key=lambda id: blake3(f"{chunk}/{id}".encode()).digest())

@@ -10,8 +10,9 @@ from typing import Literal, Protocol, TypeAlias
 
 from msgspec import Struct
 
+from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import Fact
-from prime_async.messages import ChunkInfo, ChunkKey, Message, View
+from prime_async.messages import ChunkInfo, ChunkKey, Commit, Message, View
 
 ActorName: TypeAlias = Literal["membership", "exchange", "checkpoint", "training"]
 
@@ -62,9 +63,34 @@ class RunAt(Struct, frozen=True, kw_only=True, tag="run_at"):
 
 
 class ViewChanged(Struct, frozen=True, kw_only=True, tag="view_changed"):
-    """The members are now these."""
+    """The members, and the newest commit, are now these: the view is decided."""
 
     view: View
+
+
+class Reached(Struct, frozen=True, kw_only=True, tag="reached"):
+    """Whether the connections that we dialled to ``peer`` were made, both planes: others can dial it too."""
+
+    peer: str
+    reachable: bool
+
+
+class BallotStored(Struct, frozen=True, kw_only=True, tag="ballot_stored"):
+    """The ballot of ``StoreBallot`` number ``seq``, and so all before it, is on disk."""
+
+    seq: int
+
+
+class CommitReady(Struct, frozen=True, kw_only=True, tag="commit_ready"):
+    """To membership of the leader: a quorum holds these means; make it a view's commit."""
+
+    commit: Commit
+
+
+class Weighed(Struct, frozen=True, kw_only=True, tag="weighed"):
+    """To membership of the leader: the shares of the chunks that members should own, by id."""
+
+    weights: dict[str, int]
 
 
 class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
@@ -103,14 +129,12 @@ class ContributionFixed(Struct, frozen=True, kw_only=True, tag="contribution_fix
 
 
 class MeansCommitted(Struct, frozen=True, kw_only=True, tag="means_committed"):
-    """To training: the means of this attempt are the round's, and all of them are here.
+    """To training: the means of the round are committed, and all of them are here.
 
     ``position``: of this node in the bitmaps of the means' headers; -1 if it was not in their plan.
     """
 
     round: int
-    epoch: int
-    attempt: int
     position: int
 
 
@@ -121,11 +145,12 @@ class Leave(Struct, frozen=True, kw_only=True, tag="leave"):
 
 
 class Fetched(Struct, frozen=True, kw_only=True, tag="fetched"):
-    """A chunk came from ``peer`` and is held under its key."""
+    """A chunk of ``size`` bytes came from ``peer`` and is held under its key."""
 
     peer: str
     key: ChunkKey
     info: ChunkInfo
+    size: int = 0
 
 
 FetchFault: TypeAlias = Literal["gone", "late", "unreachable", "invalid"]
@@ -199,7 +224,8 @@ class Imported(Struct, frozen=True, kw_only=True, tag="imported"):
 
 
 Event: TypeAlias = (
-    Tick | Heard | DoorClosed | Offended | StateAt | RunAt | ViewChanged | Progress | AskAgain | FetchState | Begin
+    Tick | Heard | DoorClosed | Offended | Reached | BallotStored | StateAt | RunAt | ViewChanged | CommitReady
+    | Weighed | Progress | AskAgain | FetchState | Begin
     | Halt | Halted | ContributionFixed | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone
     | Encoded | Applied | Evaluated | Restored | Saved | ChunkImported | Imported
 )  # fmt: skip
@@ -248,7 +274,14 @@ class ConnectMembers(Struct, frozen=True, kw_only=True, tag="connect_members"):
     contacts: tuple[str, ...] = ()
 
 
-FailureKind: TypeAlias = Literal["refused", "leader_lost", "non_finite"]
+class StoreBallot(Struct, frozen=True, kw_only=True, tag="store_ballot"):
+    """Put ``ballot`` on disk, safe from a crash, in the place of the one before: ``BallotStored``."""
+
+    seq: int
+    ballot: Ballot
+
+
+FailureKind: TypeAlias = Literal["refused", "non_finite"]
 
 
 class Fail(Struct, frozen=True, kw_only=True, tag="fail"):
@@ -274,6 +307,32 @@ class Fetch(Struct, frozen=True, kw_only=True, tag="fetch"):
 
 class CancelFetches(Struct, frozen=True, kw_only=True, tag="cancel_fetches"):
     """Abandon this machine's fetches, without an event, and drop the contributions that they brought."""
+
+
+class CancelFetch(Struct, frozen=True, kw_only=True, tag="cancel_fetch"):
+    """Abandon one fetch, without an event, and drop what it brought unless that is a mean."""
+
+    peer: str
+    key: ChunkKey
+
+
+class AdoptMean(Struct, frozen=True, kw_only=True, tag="adopt_mean"):
+    """Hold the mean that is here as ``found`` under ``key`` too, and answer those who wait for it."""
+
+    found: ChunkKey
+    key: ChunkKey
+
+
+class Settle(Struct, frozen=True, kw_only=True, tag="settle"):
+    """Hold the means of these keys, one for each chunk, as the round's: also under (epoch, attempt) (0, 0).
+
+    ``exceptions``: keys of chunks that were made under another number than ``epoch`` and ``attempt``.
+    """
+
+    round: int
+    epoch: int
+    attempt: int
+    exceptions: tuple[ChunkKey, ...] = ()
 
 
 class Reduce(Struct, frozen=True, kw_only=True, tag="reduce"):
@@ -313,14 +372,12 @@ class Encode(Struct, frozen=True, kw_only=True, tag="encode"):
 
 
 class Apply(Struct, frozen=True, kw_only=True, tag="apply"):
-    """Take the outer step with the means of this attempt: ``Applied``.
+    """Take the outer step with the settled means of the round: ``Applied``.
 
     Chunks whose mean does not count ``position`` keep this node's local progress for the next contribution.
     """
 
     round: int
-    epoch: int
-    attempt: int
     position: int
 
 
@@ -352,7 +409,8 @@ class EndImport(Struct, frozen=True, kw_only=True, tag="end_import"):
 
 
 Effect: TypeAlias = (
-    WakeAt | Report | Tell | Send | Dial | ConnectMembers | Fail | Finish | Fetch | CancelFetches | Reduce | Forget
+    WakeAt | Report | Tell | Send | Dial | ConnectMembers | StoreBallot | Fail | Finish | Fetch | CancelFetches
+    | CancelFetch | AdoptMean | Settle | Reduce | Forget
     | RunSteps | StopSteps | Encode | Apply | Evaluate | Restore | Save | ImportChunk | EndImport
 )  # fmt: skip
 """Everything that a machine can ask for."""

@@ -11,6 +11,7 @@ from prime_async.config.contact import Contact
 from prime_async.config.schema import Config, NodeSettings
 from prime_async.config.spec import flatten, run_id
 from prime_async.log import MachineSettings
+from prime_async.machines.ballot import Ballot
 from prime_async.machines.checkpoint import CheckpointSettings
 from prime_async.machines.exchange import ExchangeSettings
 from prime_async.machines.membership import ContactPoint, MembershipSettings
@@ -75,15 +76,21 @@ def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> 
     return open_zmq(settings)
 
 
-def machine_settings(config: Config, transport: Transport, workload: Workload) -> MachineSettings:
-    """What the machines are made with. The incarnation is the time of the start in milliseconds, by our own clock."""
+def machine_settings(
+    config: Config, transport: Transport, workload: Workload, ballot: Ballot | None = None
+) -> MachineSettings:
+    """What the machines are made with. The incarnation is the time of the start in milliseconds, by our own clock.
+
+    A clock that went back does not give an incarnation that an earlier start has had: the ballot knows those.
+    """
     run, node = config.run, config.node
     me = Member(
         id=transport.id,
         name=node.name or transport.id[:8],
-        incarnation=time.time_ns() // 1_000_000,
+        incarnation=max(time.time_ns() // 1_000_000, 1 + max(ballot.incarnations, default=0) if ballot else 0),
         control=transport.control_address,
         bulk=transport.bulk_address,
+        witness=node.witness,
     )
     timeout_s = FETCH_TIMEOUTS * run.failure_timeout_s
     return MachineSettings(
@@ -97,11 +104,13 @@ def machine_settings(config: Config, transport: Transport, workload: Workload) -
             min_members=run.min_members,
             heartbeat_s=run.heartbeat_s,
             failure_timeout_s=run.failure_timeout_s,
+            ballot=ballot,
         ),
         exchange=ExchangeSettings(
             me=me.id,
             chunk_count=workload.chunk_count,
             min_members=run.min_members,
+            straggler_timeout_s=run.straggler_timeout_s,
             fetch_timeout_s=timeout_s,
             repeat_s=run.heartbeat_s,
         ),
@@ -109,6 +118,8 @@ def machine_settings(config: Config, transport: Transport, workload: Workload) -
         training=TrainingSettings(
             me=me.id,
             inner_steps=run.round.inner_steps,
+            seconds=run.round.seconds,
+            witness=node.witness,
             rounds=run.rounds,
             evaluate_every=node.evaluate_every,
             min_members=run.min_members,

@@ -21,11 +21,13 @@ from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import TrainingActor
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
-from prime_async.errors import LeaderLostError, NonFiniteError, PrimeAsyncError, RefusedError
-from prime_async.ledger import StateFile
+from prime_async.errors import NonFiniteError, PrimeAsyncError, RefusedError
+from prime_async.ledger import BallotFile, StateFile
 from prime_async.log import LogWriter, MachineSettings
+from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import (
     ContributorLeftOut,
+    CutOff,
     Fact,
     HelloRefused,
     InnerStepDone,
@@ -37,6 +39,8 @@ from prime_async.machines.facts import (
     RoundIgnored,
     SlowWake,
     StateDiverged,
+    StateNowhere,
+    SteppedDown,
     StillAsking,
 )
 from prime_async.machines.vocabulary import (
@@ -48,23 +52,23 @@ from prime_async.machines.vocabulary import (
     Heard,
     Leave,
     Offended,
+    Reached,
     StateAt,
 )
-from prime_async.messages import Behind, Commit, Have, Plan, Ready, ViewUpdate
+from prime_async.messages import AskView, RoundMessage, ViewUpdate
 from prime_async.node.allow import AllowList
 from prime_async.node.build import allow_list, data_stream, machine_settings, open_transport
 from prime_async.node.events import EventStream
 from prime_async.node.meter import Meter
-from prime_async.transport.base import Denied, Notice, Received, Traffic, Transport, Violation
+from prime_async.transport.base import Denied, Notice, Reachable, Received, Traffic, Transport, Violation
 from prime_async.transport.keys import read_key_file
 from prime_async.work.workload import Workload
 
 log = structlog.get_logger(__name__)
 
-ROUND_MESSAGES = (Ready, Plan, Have, Commit, Behind)
 WARNINGS = (
     ContributorLeftOut, HelloRefused, KeyDenied, MemberLost, NonFiniteProgress, PeerDropped, RoundIgnored, SlowWake,
-    StateDiverged, StillAsking, LeaderSilent,
+    StateDiverged, StillAsking, LeaderSilent, CutOff, StateNowhere, SteppedDown,
 )  # fmt: skip
 GOODBYE_S = 5.0
 """How long a node that is closed by its user waits for the others to let it go."""
@@ -97,6 +101,7 @@ class Node:
         self._scope = trio.CancelScope()
         self._state_is_whole: Callable[[], bool] = lambda: True
         self._file = StateFile(config.node.directory, run_id(config.run))
+        self._ballots = BallotFile(config.node.directory, run_id(config.run))
 
     @property
     def id(self) -> str:
@@ -129,7 +134,7 @@ class Node:
         self._post("training", Leave(at_once=at_once))
 
     async def wait(self) -> None:
-        """Until the node has left the run: it was stopped, or has done all rounds, or the leader ended the run."""
+        """Until the node has left the run: it was stopped, or has done all rounds."""
         await self._finished.wait()
 
     # --- wiring -------------------------------------------------------------------------------------------------
@@ -149,8 +154,6 @@ class Node:
         match fail.kind:
             case "refused":
                 self._failure = RefusedError(fail.reason, fail.text, fail.differences)
-            case "leader_lost":
-                self._failure = LeaderLostError(fail.text)
             case "non_finite":
                 self._failure = NonFiniteError(fail.text)
         self._scope.cancel()
@@ -170,8 +173,16 @@ class Node:
         }
         tensors = Tensors(self._workload)
         common = (self._transport, tensors, self._store, nursery)
-        membership = MembershipActor(self._transport, admit=self._admit, fail=self._fail, finish=self._finished.set)
         runners = self._runners
+        membership = MembershipActor(
+            self._transport,
+            nursery,
+            runners["membership"].post,
+            store=self._ballots.save,
+            admit=self._admit,
+            fail=self._fail,
+            finish=self._finished.set,
+        )
         exchange = ExchangeActor(*common, runners["exchange"].post, runners["exchange"].retract)
         checkpoint = CheckpointActor(*common, runners["checkpoint"].post, runners["checkpoint"].retract)
         checkpoint.served_round = self._workload.round
@@ -207,12 +218,14 @@ class Node:
     def _on_notice(self, notice: Notice) -> None:
         match notice:
             case Received(peer=peer, message=message):
-                actor: ActorName = "exchange" if isinstance(message, ROUND_MESSAGES) else "membership"
+                actor: ActorName = "exchange" if isinstance(message, RoundMessage) else "membership"
                 self._runners[actor].offer(Heard(peer=peer, message=message))
-                if isinstance(message, ViewUpdate):  # for both: a plan may refer to an older view
+                if isinstance(message, ViewUpdate | AskView):  # for both: a plan may refer to an older view
                     self._runners["exchange"].offer(Heard(peer=peer, message=message))
             case Denied(peer=peer, address=address):
                 self._runners["membership"].offer(DoorClosed(peer=peer, address=address))
+            case Reachable(peer=peer, reachable=reachable):
+                self._runners["membership"].offer(Reached(peer=peer, reachable=reachable))
             case Violation(peer=peer, plane=plane, reason=reason, count=count, shut_out=shut_out):
                 event = Offended(peer=peer, plane=plane, reason=reason[:1024], times=count, shut_out=shut_out)
                 self._runners["membership"].offer(event)
@@ -236,8 +249,9 @@ class Node:
             with trio.move_on_after(GOODBYE_S):
                 await self._finished.wait()
 
-    async def _load(self) -> None:
+    async def _load(self) -> Ballot | None:
         await trio.to_thread.run_sync(self._file.load, self._workload)
+        return await trio.to_thread.run_sync(self._ballots.load)
 
     async def _save_last(self) -> None:
         with trio.CancelScope(shield=True):
@@ -264,7 +278,7 @@ async def open_node(
 
     Leaving the block stops the node after the inner step that is under way, says goodbye, and saves the outer state.
     Cancelling it does the same without the goodbye. If the node cannot go on, the block is cancelled and one of these
-    is raised: :class:`ConfigError`, :class:`AddressInUseError`, :class:`RefusedError`, :class:`LeaderLostError`,
+    is raised: :class:`ConfigError`, :class:`AddressInUseError`, :class:`RefusedError`,
     :class:`NonFiniteError`, :class:`StorageError`. In every case the outer state is on disk afterwards, if any round
     was done.
     """
@@ -275,8 +289,8 @@ async def open_node(
         if transport is None:
             transport = await stack.enter_async_context(open_transport(config.node, workload, allow))
         node = Node(config, transport, workload, allow)
-        await node._load()
-        settings = machine_settings(config, transport, workload)
+        ballot = await node._load()
+        settings = machine_settings(config, transport, workload, ballot)
         recorder = None
         if config.node.record is not None:
             recorder = stack.enter_context(closing(LogWriter(config.node.record, node.id, settings)))

@@ -60,7 +60,20 @@ class Violation:
     shut_out: bool
 
 
-Notice: TypeAlias = Received | Denied | Violation
+@dataclass(frozen=True, slots=True)
+class Reachable:
+    """Whether we can dial ``peer``: told when it is known, and again whenever it is otherwise.
+
+    True: the connections that *we* dialled to it, control and, if its bulk address was dialled, bulk, have completed
+    their handshakes. False: for some seconds since they were dialled or lost, they have not. Connections that the peer
+    dialled say nothing about this, and go on working. Who is dialled at other addresses is told of again.
+    """
+
+    peer: str
+    reachable: bool
+
+
+Notice: TypeAlias = Received | Denied | Violation | Reachable
 
 
 @dataclass(slots=True)
@@ -135,9 +148,10 @@ class Transport(Protocol):
     def send(self, peer: str, message: Message) -> bool:
         """Queue a control message; never waits.
 
-        Over the connection we dialled if it is up, else over one the peer dialled, else into the queue of our own.
-        ``False``: dropped and counted (no connection is known, its queue is full, or the peer is shut out). ``True``
-        promises nothing about arrival: control messages may be lost, and their senders repeat them.
+        Over the connection we dialled if it is up, else over one the peer dialled, else into the queue of our own,
+        which is bounded, and closed while the peer is known to be unreachable. ``False``: dropped and counted (no
+        connection is known, its queue is full or closed, or the peer is shut out). ``True`` promises nothing about
+        arrival: control messages may be lost, and their senders repeat them.
         Raises :class:`~prime_async.errors.LocalError` if the message is larger than the protocol allows.
         """
         ...
@@ -151,9 +165,10 @@ class Transport(Protocol):
 
         At most a fixed number of gets per peer is under way; further ones wait for their turn, first come first
         served. Raises :class:`ChunkUnavailableError` if the peer says it is gone, :class:`DeadlineError` after
-        ``timeout_s`` seconds, :class:`PeerUnreachableError` if there is no connection to wait for, if the peer is hung
-        up meanwhile, or if it is shut out, and :class:`ProtocolError` if what came is not what was asked for.
-        A connection that is lost and made again is no failure: the get is asked again. Cancellation abandons the
+        ``timeout_s`` seconds, :class:`PeerUnreachableError` if there is no connection to wait for, if none has stood
+        for some seconds, whoever dialled, if the peer is hung up meanwhile, or if it is shut out, and
+        :class:`ProtocolError` if what came is not what was asked for.
+        A connection that is lost and soon made again is no failure: the get is asked again. Cancellation abandons the
         request; a late answer is discarded.
         """
         ...

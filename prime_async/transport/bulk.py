@@ -3,6 +3,8 @@
 * A link carries frames to one peer, both ways: ``[Get]``, ``[Withdraw]``, ``[Missing]`` and ``[Found, payload]``.
 * Asking: gets wait in a queue per peer; at most ``window`` of them are under way. Each goes over the link with the
   fewest under way. When a link goes down, its gets return to the queue, under the same number, so nothing is lost.
+* A peer that was dialled, and to which no link has stood for ``unreachable_s``, is unreachable: its gets fail, and
+  further ones fail at once, until there is a link.
 * A get that is given up is withdrawn with a message, so that the server forgets it. An answer that comes in spite
   of it is discarded. An answer to a number that was never given out is a violation.
 * Answering: each get has a task of its own, which waits in the provider. A second get of the same number replaces the
@@ -34,6 +36,7 @@ from prime_async.messages import MAX_HEADER_BYTES, BulkHeader, ChunkKey, Found, 
 from prime_async.transport.base import Chunk, Provider
 from prime_async.transport.inbox import Inbox, decode_frame, is_announcement
 from prime_async.transport.links import Link, Sent
+from prime_async.transport.reach import UNREACHABLE_S
 
 PLANE: Final = "bulk"
 MAX_WAIT_S: Final = 60.0
@@ -57,6 +60,7 @@ class BulkLimits:
     window: int = 16  # gets under way to one peer
     max_payload_bytes: int = 64 << 20
     hash_in_threads: bool = True  # False: never, for virtual clocks, which do not see threads
+    unreachable_s: float = UNREACHABLE_S
 
     @property
     def max_unanswered(self) -> int:
@@ -107,11 +111,14 @@ class _Numbers:
 class _Client:
     """The gets asked of one peer."""
 
-    def __init__(self, peer: str, window: int, inbox: Inbox, numbers: _Numbers) -> None:
+    def __init__(self, peer: str, nursery: trio.Nursery, limits: BulkLimits, inbox: Inbox, numbers: _Numbers) -> None:
         self.dialled = False
         self.links: dict[Link, int] = {}  # link -> gets under way over it
+        self._nursery = nursery
+        self.is_lost = False  # no link has been up for so long that nobody waits for one any more
+        self._wait: trio.CancelScope | None = None  # until it is
         self._peer = peer
-        self._window = window
+        self._limits = limits
         self._inbox = inbox
         self._numbers = numbers
         self._waiting: deque[_Call] = deque()
@@ -128,8 +135,20 @@ class _Client:
         assert call.outcome is not None
         return call.outcome
 
+    def dial(self) -> None:
+        """There will be links that we dialled: gets wait for them."""
+        self.dialled = True
+        self._settle()
+        self._watch()
+
+    def hang_up(self) -> None:
+        """There will be none any more."""
+        self.dialled = False
+        self._settle()
+
     def up(self, link: Link) -> None:
         self.links.setdefault(link, 0)
+        self._settle()
         self._pump()
 
     def down(self, link: Link) -> None:
@@ -172,8 +191,32 @@ class _Client:
         if call.link in self.links:
             self.links[call.link] -= 1
 
+    def _settle(self) -> None:
+        self.is_lost = False
+        if self._wait is not None:
+            self._wait.cancel()
+            self._wait = None
+
+    def _watch(self) -> None:
+        if self.dialled and not self.links and self._wait is None and not self.is_lost:
+            self._wait = trio.CancelScope()
+            self._nursery.start_soon(self._lose_patience, self._wait)
+
+    async def _lose_patience(self, wait: trio.CancelScope) -> None:
+        with wait:
+            await trio.sleep(self._limits.unreachable_s)
+            self._wait = None
+            self.is_lost = True
+            self.fail(self.why_lost)
+
+    @property
+    def why_lost(self) -> str:
+        lost_s = self._limits.unreachable_s
+        return f"no connection to {self._peer} for {lost_s:g} s, whoever dialled: ask another peer, or later"
+
     def _drop(self, link: Link) -> None:
         self.links.pop(link, None)
+        self._watch()
         lost = [call for call in self._under_way.values() if call.link is link]
         for call in reversed(lost):
             del self._under_way[call.id]
@@ -181,7 +224,7 @@ class _Client:
             self._waiting.appendleft(call)
 
     def _pump(self) -> None:
-        while self._waiting and self.links and len(self._under_way) < self._window:
+        while self._waiting and self.links and len(self._under_way) < self._limits.window:
             link = min(self.links, key=lambda candidate: (candidate.inbound, self.links[candidate]))
             sent = self._send_get(self._waiting[0], link)
             if sent is Sent.NO_ROUTE:
@@ -295,19 +338,20 @@ class BulkPlane:
         self._limits = limits
         self._numbers = _Numbers()
         self._clients: dict[str, _Client] = {}
+        self._nursery = nursery
         self._server = _Server(nursery, inbox, limits)
         self.serve = self._server.serve
 
     def dialled(self, peer: str) -> None:
-        """The peer's bulk address is known, so gets wait for a connection instead of failing."""
-        self._client(peer).dialled = True
+        """The peer's bulk address is known, so gets wait for a connection instead of failing at once."""
+        self._client(peer).dial()
 
     def hang_up(self, peer: str) -> None:
         """The peer is not dialled any more. Its gets fail. Links that it opened stay."""
         self._fail(peer, f"hung up on {peer}")
         client = self._clients.get(peer)
         if client is not None:
-            client.dialled = False
+            client.hang_up()
             self._tidy(peer)
 
     def shut_out(self, peer: str) -> None:
@@ -361,6 +405,8 @@ class BulkPlane:
             raise PeerUnreachableError(f"{peer} broke the protocol too often and is shut out")
         if client is None or not (client.dialled or client.links):
             raise PeerUnreachableError(f"no connection to {peer}: dial its bulk address first")
+        if client.is_lost:
+            raise PeerUnreachableError(client.why_lost)
         return client
 
     async def _verified(self, peer: str, key: ChunkKey, answer: _Answer) -> Chunk:
@@ -408,7 +454,7 @@ class BulkPlane:
 
     def _client(self, peer: str) -> _Client:
         if peer not in self._clients:
-            self._clients[peer] = _Client(peer, self._limits.window, self._inbox, self._numbers)
+            self._clients[peer] = _Client(peer, self._nursery, self._limits, self._inbox, self._numbers)
         return self._clients[peer]
 
     def _fail(self, peer: str, why: str) -> None:

@@ -15,7 +15,7 @@ import trio
 
 from prime_async.errors import LocalError, ProtocolError
 from prime_async.messages import MAX_CONTROL_BYTES, Message, decode, encode
-from prime_async.transport.base import Denied, Notice, Received, Traffic, Violation
+from prime_async.transport.base import Denied, Notice, Reachable, Received, Traffic, Violation
 
 MAX_NOTICES: Final = 4096
 MAX_OFFENDERS: Final = 4096
@@ -68,18 +68,24 @@ class Inbox:
         log.warning("peer_denied_our_key", peer=peer, address=address)
         self._notify(Denied(peer, address))
 
+    def reachable(self, peer: str, reachable: bool) -> bool:
+        """Whether ``peer`` can be dialled. False: there was no room to tell it."""
+        return self._notify(Reachable(peer, reachable))
+
     def is_shut_out(self, peer: str) -> bool:
         # "unknown" is not one peer: those it stands for are not heard in any case.
         return peer != UNKNOWN and self.traffic.violations.get(peer, 0) >= self._max_violations
 
-    def _notify(self, notice: Notice) -> None:
+    def _notify(self, notice: Notice) -> bool:
         try:
             self._notices.send_nowait(notice)
         except trio.WouldBlock:
             if isinstance(notice, Received):
                 self.traffic.control_dropped += 1
+            return False
         except trio.BrokenResourceError:
             pass  # the receiver is closed: the node is on its way out
+        return True
 
     def close(self) -> None:
         """No more notices: who waits for one learns that the transport is closed."""

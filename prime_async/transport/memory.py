@@ -4,8 +4,9 @@
 * Messages are encoded and decoded as on the wire. Each is delayed by a random latency; none overtakes another of the
   same direction and plane, as over one TCP connection.
 * Control messages are lost with probability ``loss``. Bulk is not, as over TCP.
-* A partition is silent: what is sent across it vanishes, and nobody is told, as when a router dies. When it heals, the
-  connections across it open again, and gets that wait are asked again.
+* A partition is silent: what is sent across it vanishes, and nobody is told, as when a router dies, until ``SILENCE_S``
+  later the connections across it are given up. When it heals, they open again, and gets that wait are asked again.
+* Nobody can dial a node behind NAT. Connections that it dials carry both ways, as over TCP.
 * A node that closes is noticed by those that dialled it after one latency, as when the system resets a connection.
 * A node's addresses are ``memory://ID/control`` and ``memory://ID/bulk``.
 """
@@ -27,6 +28,7 @@ from prime_async.transport.base import Chunk, Notice, Provider, Traffic, Transpo
 from prime_async.transport.bulk import BulkLimits, BulkPlane
 from prime_async.transport.inbox import Inbox, encode_control
 from prime_async.transport.links import Sent, bare_nursery
+from prime_async.transport.reach import UNREACHABLE_S, Reach
 
 PlaneName: TypeAlias = Literal["control", "bulk"]
 
@@ -35,6 +37,8 @@ QUEUE: Final = 256
 """Control messages on their way in one direction; more are dropped."""
 RETRY_S: Final = 0.25
 """Between two attempts to connect."""
+SILENCE_S: Final = 7.0
+"""After so long without a sign of life a connection counts as lost; about what the real network takes."""
 
 
 def everybody(_id: str) -> bool:
@@ -50,6 +54,7 @@ class MemorySettings:
     window: int = 16
     max_payload_bytes: int = 64 << 20
     max_violations: int = 3
+    unreachable_s: float = UNREACHABLE_S  # without the connections that were dialled; see Reachable
 
 
 class MemoryNetwork:
@@ -62,6 +67,7 @@ class MemoryNetwork:
         self._nodes: dict[str, MemoryTransport] = {}
         self._severed: list[tuple[frozenset[str], frozenset[str]]] = []
         self._cut: set[str] = set()
+        self._behind_nat: set[str] = set()
         self._chances: dict[tuple[str, str, PlaneName], random.Random] = {}
 
     def open(self, id: str, settings: MemorySettings | None = None) -> AbstractAsyncContextManager[Transport]:
@@ -71,10 +77,16 @@ class MemoryNetwork:
     def partition(self, one: Iterable[str], other: Iterable[str]) -> None:
         """From now on nothing passes between the two groups."""
         self._severed.append((frozenset(one), frozenset(other)))
+        self._sever()
 
     def cut(self, id: str) -> None:
         """From now on nothing passes to or from this node."""
         self._cut.add(id)
+        self._sever()
+
+    def put_behind_nat(self, id: str) -> None:
+        """From now on nobody can open a connection to this node; those that stand stay."""
+        self._behind_nat.add(id)
 
     def heal(self) -> None:
         """Undo every partition and cut."""
@@ -89,6 +101,10 @@ class MemoryNetwork:
             return False
         return not any((one in a and other in b) or (one in b and other in a) for a, b in self._severed)
 
+    def may_connect(self, dialler: str, acceptor: str) -> bool:
+        """Whether a connection from one to the other can be opened."""
+        return acceptor not in self._behind_nat and self.joined(dialler, acceptor)
+
     def inject(self, sender: str, receiver: str, plane: PlaneName, frames: Sequence[bytes]) -> None:
         """Deliver raw frames to ``receiver``, at once, as if ``sender`` had sent them over a connection of its own."""
         back = _Link(self, receiver, sender, plane, inbound=True)
@@ -102,6 +118,10 @@ class MemoryNetwork:
 
     def loses(self, sender: str, receiver: str, plane: PlaneName) -> bool:
         return plane == "control" and self._loss > 0 and self._chance(sender, receiver, plane).random() < self._loss
+
+    def _sever(self) -> None:
+        for node in self._nodes.values():
+            node.sever(lambda wire: not self.joined(*wire.ends))
 
     def _chance(self, sender: str, receiver: str, plane: PlaneName) -> random.Random:
         key = (sender, receiver, plane)
@@ -193,6 +213,7 @@ class _Wire:
         self._dialler = dialler
         self._life = trio.CancelScope()
         self._lost = trio.Event()
+        self._severed = trio.Event()
 
     def close(self) -> None:
         self._life.cancel()
@@ -200,6 +221,10 @@ class _Wire:
     def lose(self) -> None:
         """The connection breaks, and both sides notice."""
         self._lost.set()
+
+    def sever(self) -> None:
+        """From now on the connection carries nothing, and nobody knows."""
+        self._severed.set()
 
     async def run(self) -> None:
         """Keep the connection until closed."""
@@ -212,7 +237,7 @@ class _Wire:
         while True:
             await trio.sleep(self._network.latency_s(self._dialler.id, self.peer, self.plane))
             acceptor = self._network.node(self.peer)
-            if acceptor is not None and self._network.joined(self._dialler.id, self.peer):
+            if acceptor is not None and self._network.may_connect(self._dialler.id, self.peer):
                 if acceptor.may_enter(self._dialler.id):
                     return acceptor
                 self._dialler.denied(self.peer, f"memory://{self.peer}/{self.plane}")
@@ -221,7 +246,7 @@ class _Wire:
     async def _keep(self, acceptor: MemoryTransport) -> None:
         back = _Link(self._network, self.peer, self._dialler.id, self.plane, inbound=True)
         self.out.back, back.back = back, self.out
-        self._lost = trio.Event()
+        self._lost, self._severed = trio.Event(), trio.Event()
         ends = ((self._dialler, self.out, self.peer), (acceptor, back, self._dialler.id))
         for node, link, peer in ends:
             link.up()
@@ -237,8 +262,14 @@ class _Wire:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.out.carry)
             nursery.start_soon(back.carry)
+            nursery.start_soon(self._notice_silence)
             await self._lost.wait()
             nursery.cancel_scope.cancel()
+
+    async def _notice_silence(self) -> None:
+        await self._severed.wait()
+        await trio.sleep(SILENCE_S)
+        self.lose()
 
 
 class MemoryTransport:
@@ -253,9 +284,16 @@ class MemoryTransport:
         self._nursery = nursery
         self._closed = False
         self._inbox = Inbox(settings.max_violations, self._shut_out)
-        limits = BulkLimits(window=settings.window, max_payload_bytes=settings.max_payload_bytes, hash_in_threads=False)
+        self._reach = Reach(nursery, self._inbox.reachable, settings.unreachable_s)
+        limits = BulkLimits(
+            window=settings.window,
+            max_payload_bytes=settings.max_payload_bytes,
+            unreachable_s=settings.unreachable_s,
+            hash_in_threads=False,
+        )
         self._bulk = BulkPlane(nursery, self._inbox, limits)
         self._dialled: dict[tuple[str, PlaneName], _Wire] = {}
+        self._addresses: dict[str, tuple[str, str]] = {}  # that were dialled
         self._entered: dict[str, list[_Link]] = {}  # control links that peers opened, the newest last
         self._wires: set[_Wire] = set()  # that are up, whoever dialled
         self._told_denied: set[str] = set()
@@ -274,11 +312,18 @@ class MemoryTransport:
     def dial(self, peer: str, control: str, bulk: str) -> None:
         if self._closed:
             raise LocalError("this transport is closed: dial inside its `async with`")
+        old = self._addresses.get(peer, ("", ""))
+        new = (control, bulk or (old[1] if control == old[0] else ""))
+        if new == old:
+            return
+        self._addresses[peer] = new
         if control == f"memory://{peer}/control":
             self._dial(peer, "control")
         if bulk == f"memory://{peer}/bulk":
             self._bulk.dialled(peer)
             self._dial(peer, "bulk")
+        self._reach.dialled(peer)
+        self._reach.changed(peer, self._stands(peer))
 
     def hang_up(self, peer: str) -> None:
         wires = [self._dialled.pop((peer, plane), None) for plane in PLANES]
@@ -286,6 +331,8 @@ class MemoryTransport:
             if wire is not None:
                 wire.close()
         self._told_denied.discard(peer)
+        self._addresses.pop(peer, None)
+        self._reach.hung_up(peer)
         self._bulk.hang_up(peer)
 
     def send(self, peer: str, message: Message) -> bool:
@@ -304,7 +351,7 @@ class MemoryTransport:
         return await self._bulk.get(peer, key, timeout_s)
 
     def close(self) -> None:
-        for peer, _ in list(self._dialled):
+        for peer in list(self._addresses):
             self.hang_up(peer)
         self.lose(lambda _wire: True)
         self._inbox.close()
@@ -326,10 +373,17 @@ class MemoryTransport:
             if which(wire):
                 wire.lose()
 
+    def sever(self, which: Callable[[_Wire], bool]) -> None:
+        """From now on the connections for which ``which`` is true carry nothing."""
+        for wire in self._wires:
+            if which(wire):
+                wire.sever()
+
     def link_up(self, peer: str, plane: PlaneName, link: _Link, wire: _Wire) -> None:
         self._wires.add(wire)
         if not link.inbound:
             self._told_denied.discard(peer)
+            self._reach.changed(peer, self._stands(peer))
         if plane == "bulk":
             self._bulk.link_up(peer, link)
         elif link.inbound:
@@ -337,6 +391,8 @@ class MemoryTransport:
 
     def link_down(self, peer: str, plane: PlaneName, link: _Link, wire: _Wire) -> None:
         self._wires.discard(wire)
+        if not link.inbound:
+            self._reach.changed(peer, self._stands(peer))
         if plane == "bulk":
             self._bulk.link_down(peer, link)
         elif link.inbound:
@@ -360,7 +416,16 @@ class MemoryTransport:
         entered = self._entered.get(peer)
         if entered:
             return entered[-1]
-        return None if wire is None else wire.out
+        return None if wire is None or self._reach.is_lost(peer) else wire.out
+
+    def _stands(self, peer: str) -> bool:
+        """Whether all that was dialled does."""
+        wires = [self._dialled.get((peer, plane)) for plane in self._planes(peer)]
+        return all(wire is not None and wire.out.is_up for wire in wires)
+
+    def _planes(self, peer: str) -> tuple[PlaneName, ...]:
+        _, bulk = self._addresses.get(peer, ("", ""))
+        return PLANES if bulk else ("control",)
 
     def _shut_out(self, peer: str) -> None:
         self._bulk.shut_out(peer)

@@ -31,6 +31,7 @@ from prime_async.transport.bulk import BulkLimits, BulkPlane
 from prime_async.transport.inbox import Inbox, encode_control
 from prime_async.transport.keys import KeyPair, is_id
 from prime_async.transport.links import Link, Sent, bare_nursery
+from prime_async.transport.reach import UNREACHABLE_S, Reach
 from prime_async.transport.zeromq_peers import Dialled, Door, Plane
 from prime_async.transport.zeromq_sockets import CONTROL, SocketFactory, allow_ipv6, bulk_options
 from prime_async.transport.zeromq_zap import Doorkeeper
@@ -59,6 +60,7 @@ class ZmqSettings:
     max_payload_bytes: int = 64 << 20
     io_threads: int | None = None  # None: as many as there are cores, since CURVE passes 0.25 GB/s per thread
     max_violations: int = 3
+    unreachable_s: float = UNREACHABLE_S  # without the connections that were dialled; see Reachable
 
 
 def open_zmq(settings: ZmqSettings) -> AbstractAsyncContextManager[Transport]:
@@ -97,7 +99,12 @@ class ZmqTransport:
         self._closed = False
         self._peers: dict[str, _Peer] = {}
         self._inbox = Inbox(settings.max_violations, self._shut_out)
-        limits = BulkLimits(window=settings.window, max_payload_bytes=settings.max_payload_bytes)
+        self._reach = Reach(nursery, self._inbox.reachable, settings.unreachable_s)
+        limits = BulkLimits(
+            window=settings.window,
+            max_payload_bytes=settings.max_payload_bytes,
+            unreachable_s=settings.unreachable_s,
+        )
         self._bulk = BulkPlane(nursery, self._inbox, limits)
         self._control_plane = Plane(
             name="control",
@@ -106,7 +113,7 @@ class ZmqTransport:
             inbox=self._inbox,
             heard=lambda peer, _link, frames: self._inbox.received(peer, frames),
             up=self._up,
-            down=lambda _peer, _link: None,
+            down=self._down,
         )
         self._bulk_plane = Plane(
             name="bulk",
@@ -115,7 +122,7 @@ class ZmqTransport:
             inbox=self._inbox,
             heard=self._bulk.received,
             up=self._bulk_up,
-            down=self._bulk.link_down,
+            down=self._bulk_down,
         )
         self._door: Door | None = None
 
@@ -150,26 +157,23 @@ class ZmqTransport:
     def dial(self, peer: str, control: str, bulk: str) -> None:
         if self._closed:
             raise LocalError("this transport is closed: dial inside its `async with`")
-        old = self._peers.get(peer)
-        if old is None:
-            old = self._peers[peer] = _Peer()
-        if control != old.control_address:
-            old.close_control()
-            old.control_address = control
-            old.control = self._connect(self._control_plane, peer, control)
-            if not bulk and old.bulk_address:
+        known = self._peers.setdefault(peer, _Peer())
+        if control != known.control_address:
+            self._dial_control(peer, known, control)
+            if not bulk and known.bulk_address:
                 self._bulk.hang_up(peer)
-                old.close_bulk()
-        if bulk and bulk != old.bulk_address:
-            old.close_bulk()
-            old.bulk_address = bulk
-            self._bulk.dialled(peer)
-            streams = [self._connect(self._bulk_plane, peer, bulk) for _ in range(self._settings.streams)]
-            old.streams = [s for s in streams if s is not None]
+                known.close_bulk()
+        elif not bulk or bulk == known.bulk_address:
+            return
+        if bulk and bulk != known.bulk_address:
+            self._dial_bulk(peer, known, bulk)
+        self._reach.dialled(peer)
+        self._reach.changed(peer, known.is_up)
 
     def hang_up(self, peer: str) -> None:
         old = self._peers.pop(peer, None)
         if old is not None:
+            self._reach.hung_up(peer)
             self._bulk.hang_up(peer)
             old.close_control()
             old.close_bulk()
@@ -188,21 +192,47 @@ class ZmqTransport:
     async def get(self, peer: str, key: ChunkKey, timeout_s: float) -> Chunk:
         return await self._bulk.get(peer, key, timeout_s)
 
+    def _dial_control(self, peer: str, known: _Peer, address: str) -> None:
+        known.close_control()
+        known.control_address = address
+        known.control = self._connect(self._control_plane, peer, address)
+
+    def _dial_bulk(self, peer: str, known: _Peer, address: str) -> None:
+        known.close_bulk()
+        known.bulk_address = address
+        self._bulk.dialled(peer)
+        streams = [self._connect(self._bulk_plane, peer, address) for _ in range(self._settings.streams)]
+        known.streams = [s for s in streams if s is not None]
+
     def _send(self, peer: str, data: bytes) -> Sent:
-        """Over our own connection if it is up, else over one that the peer dialled, else into the queue of our own."""
+        """Over our own connection if it is up, else over one that the peer dialled, else into the queue of our own.
+
+        The queue is for the moments until it is up. What waits there for longer is out of date before it leaves.
+        """
         dialled = self._peers[peer].control if peer in self._peers else None
         if dialled is not None and dialled.is_up:
             return dialled.send(data)
         sent = Sent.NO_ROUTE if self._door is None else self._door.send(peer, data)
-        return dialled.send(data) if sent is Sent.NO_ROUTE and dialled is not None else sent
+        if sent is Sent.NO_ROUTE and dialled is not None and not self._reach.is_lost(peer):
+            return dialled.send(data)
+        return sent
 
     def _up(self, peer: str, link: Link) -> None:
         if peer in self._peers and not link.inbound:
             self._peers[peer].told_denied = False
+            self._reach.changed(peer, self._peers[peer].is_up)
+
+    def _down(self, peer: str, link: Link) -> None:
+        if peer in self._peers and not link.inbound:
+            self._reach.changed(peer, self._peers[peer].is_up)
 
     def _bulk_up(self, peer: str, link: Link) -> None:
         self._up(peer, link)
         self._bulk.link_up(peer, link)
+
+    def _bulk_down(self, peer: str, link: Link) -> None:
+        self._down(peer, link)
+        self._bulk.link_down(peer, link)
 
     def _may_enter(self, peer: str) -> bool:
         return not self._inbox.is_shut_out(peer) and self._settings.allow(peer)
@@ -246,6 +276,12 @@ class _Peer:
     control: Dialled | None = None
     streams: list[Dialled] = field(default_factory=list)
     told_denied: bool = False  # since the connection was last up
+
+    @property
+    def is_up(self) -> bool:
+        """Whether what was dialled stands. One bulk stream will do."""
+        control = self.control is not None and self.control.is_up
+        return control and (not self.bulk_address or any(s.is_up for s in self.streams))
 
     def close_control(self) -> None:
         if self.control is not None:

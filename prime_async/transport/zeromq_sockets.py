@@ -100,6 +100,18 @@ class OwnedSocket:
             self._parked.cancel()
 
 
+UNACKED_S: Final = 6.0
+"""After so long without an acknowledgement TCP gives a connection up.
+
+A link that drops everything for 2 s stalls a connection for up to about 4 s, since TCP doubles its pauses, and must not
+cost it. A longer cut must: otherwise TCP, whose pauses have grown with it, takes as long again once it has healed.
+"""
+CONNECT_S: Final = 3.0
+"""For one attempt to connect: TCP's second try comes after 1 s, its third after 3 s, the next ones later and later."""
+RECONNECT_S: Final = (0.1, 1.0)
+"""The pause between two attempts, at first and at last."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SocketOptions:
     """What differs between the sockets of the two planes."""
@@ -107,7 +119,7 @@ class SocketOptions:
     max_frame_bytes: int
     queue: int  # messages per connection, each way
     heartbeat_s: float
-    silence_s: float  # after so long without a sign of life a connection counts as lost
+    silence_s: float  # after a heartbeat and so long without a sign of life a connection counts as lost
     linger_s: float  # for messages still queued when the socket closes
 
 
@@ -116,16 +128,19 @@ CONTROL: Final = SocketOptions(
     # the end of the connection, by ZeroMQ itself.
     max_frame_bytes=2 << 20,
     queue=256,
-    heartbeat_s=2.0,
-    silence_s=15.0,
+    heartbeat_s=1.0,
+    silence_s=6.0,
     linger_s=0.5,  # a goodbye should leave
 )
 
 
 def bulk_options(max_payload_bytes: int) -> SocketOptions:
-    """The bulk plane's: ZeroMQ's heartbeats wait behind whole payloads there, so they need patience."""
+    """The bulk plane's: ZeroMQ's heartbeats wait behind whole payloads there, so their answers need patience.
+
+    A dead line is found all the same: what TCP cannot deliver, a heartbeat at least, it gives up after ``UNACKED_S``.
+    """
     return SocketOptions(
-        max_frame_bytes=max_payload_bytes + (64 << 10), queue=1024, heartbeat_s=10.0, silence_s=60.0, linger_s=0.1
+        max_frame_bytes=max_payload_bytes + (64 << 10), queue=1024, heartbeat_s=2.0, silence_s=60.0, linger_s=0.1
     )
 
 
@@ -165,8 +180,9 @@ class SocketFactory:
         socket = self._socket(zmq.DEALER, options)
         allow_ipv6(socket, address)
         socket.set(zmq.ROUTING_ID, route)
-        socket.set(zmq.RECONNECT_IVL, 100)
-        socket.set(zmq.RECONNECT_IVL_MAX, 5000)
+        socket.set(zmq.RECONNECT_IVL, round(RECONNECT_S[0] * 1000))
+        socket.set(zmq.RECONNECT_IVL_MAX, round(RECONNECT_S[1] * 1000))
+        socket.set(zmq.CONNECT_TIMEOUT, round(CONNECT_S * 1000))
         if self._encrypt:
             socket.set(zmq.CURVE_SERVERKEY, bytes.fromhex(server))
             socket.set(zmq.CURVE_PUBLICKEY, self._key.public)
@@ -196,6 +212,7 @@ class SocketFactory:
         socket.set(zmq.MAXMSGSIZE, options.max_frame_bytes)
         socket.set(zmq.HEARTBEAT_IVL, round(options.heartbeat_s * 1000))
         socket.set(zmq.HEARTBEAT_TIMEOUT, round(options.silence_s * 1000))
+        socket.set(zmq.TCP_MAXRT, round(UNACKED_S * 1000))
         socket.set(zmq.TCP_KEEPALIVE, 1)
         socket.set(zmq.TCP_KEEPALIVE_IDLE, 30)
         # What does not get through the handshake is not kept for long.

@@ -66,6 +66,9 @@ class BufferWorkload:
     def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
         return self._codec.reduce(chunk, payloads, weights, out)
 
+    def check(self, chunk: int, payload: memoryview) -> bool:
+        return self._codec.is_valid(chunk, payload)
+
     def apply(self, chunk: int, mean: memoryview, included: bool) -> None:  # noqa: ARG002  (no progress to keep)
         """Raises :class:`ProtocolError` if ``mean`` is not valid; the vector is then as it was."""
         with self._codec.work_on(chunk):

@@ -77,6 +77,11 @@ class ChunkCodec:
             raise ProtocolError(f"a mean is not valid: {reason}; fetch it from another member")
         self._codec.decode(payload, out)
 
+    def is_valid(self, chunk: int, payload: memoryview) -> bool:
+        """Whether ``payload`` is one of ``chunk``, and decodes to finite values. Cheaper than decoding it."""
+        with torch_threads(1):
+            return self._codec.check(as_tensor(payload), self._chunks.size(chunk)) is None
+
     def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
         """As :func:`weighted_mean`."""
         with self.work_on(chunk) as scratch:

@@ -5,21 +5,22 @@ The blocking form, as INTELLECT-1 ran it (arXiv 2412.01152): inner steps, exchan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from prime_async.config.schema import NodeSettings, RunSpec
-from prime_async.work.chunks import ChunkCodec
 from prime_async.work.codec import Codec, make_codec
 from prime_async.work.device import Device, usable_cores
 from prime_async.work.factory import open_inner_trainer
 from prime_async.work.inner import Span
 from prime_async.work.outer import OuterState
+from prime_async.work.schedule import Pace, pace
 from prime_async.work.threads import torch_threads
-from prime_async.work.workload import StepReport
+from prime_async.work.witness import OuterWorkload, open_witness
+from prime_async.work.workload import StepReport, Workload
 
 
 class Trainer(Protocol):
@@ -40,8 +41,13 @@ class Trainer(Protocol):
         """Where each parameter lies in ``flat``."""
         ...
 
-    def train(self, first_step: int, steps: int, on_step: Callable[[StepReport], None]) -> None:
-        """Do the inner steps ``first_step`` to ``first_step + steps - 1`` of the schedule and of the data."""
+    def train(
+        self, first_step: int, steps: int, on_step: Callable[[StepReport], None], first_batch: int | None = None
+    ) -> None:
+        """Do the inner steps ``first_step`` to ``first_step + steps - 1`` of the schedule.
+
+        With the batches from ``first_batch`` on.
+        """
         ...
 
     def reset_optimizer(self) -> None:
@@ -53,65 +59,51 @@ class Trainer(Protocol):
         ...
 
 
-class DilocoWorkload:
+class DilocoWorkload(OuterWorkload):
     """A node's share of a DiLoCo run: the inner trainer, and the outer state that all nodes have in common.
 
     The contribution to a chunk is ``theta - x``: outer minus local weights. Applying a mean moves theta by the outer
     step, and x to theta; or, if this node's contribution is not in the mean, x by as much as theta, so that the
-    progress ``x - theta`` counts in the next round. The moments of the inner optimiser stay, as in the paper.
+    progress ``x - theta`` counts in the next round. Importing a state moves x by as much as theta, too. The moments of
+    the inner optimiser stay, as in the paper.
 
-    ``encode``, ``reduce``, ``apply``, ``export_state`` and ``import_state`` may run for different chunks at once.
-    ``train``, ``evaluate``, ``restore``, ``end_round`` and ``end_import`` run alone; exporting goes on beside them.
+    Where an inner step is in the schedule follows the run: at the beginning of round r it is at least at r times
+    ``Pace.steps``, and never goes back while there is progress. So a node that is slow, or was away, has the rate that
+    the others have. Batches go on likewise, and none is given twice: not even after ``restore``, where the schedule
+    begins the round again.
+
+    ``encode``, ``reduce``, ``check``, ``apply``, ``export_state`` and ``import_state`` may run for different chunks
+    at once. ``train``, ``evaluate``, ``restore``, ``end_round`` and ``end_import`` run alone; exporting goes on
+    beside them.
     """
 
-    def __init__(self, trainer: Trainer, outer: OuterState, codec: Codec, inner_steps: int, threads: int) -> None:
+    def __init__(self, trainer: Trainer, outer: OuterState, codec: Codec, pace: Pace, threads: int) -> None:
         """``outer`` starts at the trainer's weights. ``threads``: torch threads of the inner steps."""
+        super().__init__(outer, trainer.spans, codec, trainer.device.staging)
         self.trainer = trainer
-        self._outer = outer
-        self._codec = ChunkCodec(codec, outer.chunks, trainer.device.staging)
-        self._inner_steps = inner_steps
+        self._pace = pace
         self._threads = threads
-        self._steps = 0  # inner steps in this round
+        self._next_step = 0  # the schedule's, after the last one done
+        self._next_batch = 0
         self._away = False  # local weights are not the outer weights
         self._kept = False  # in a chunk of this round, local progress was kept
 
-    @property
-    def elements(self) -> int:
-        """See :class:`Workload`, as for all methods below."""
-        return self._outer.chunks.elements
-
-    @property
-    def chunk_count(self) -> int:
-        return self._outer.chunks.count
-
-    @property
-    def round(self) -> int:
-        return self._outer.round
-
-    def payload_bytes(self, chunk: int) -> int:
-        return self._codec.payload_bytes(chunk)
-
-    def state_bytes(self, chunk: int) -> int:
-        return self._outer.state_bytes(chunk)
-
     def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
-        """Schedule and data go on at ``round * inner_steps``, plus the steps already done in this round."""
-
         def count(report: StepReport) -> None:
-            self._steps += 1
+            self._next_step += 1
+            self._next_batch += 1
             on_step(report)
 
+        self._next_step = max(self._next_step, self.round * self._pace.steps)
+        self._next_batch = max(self._next_batch, self.round * self._pace.batches)
         self._away = True
         with torch_threads(self._threads):
-            self.trainer.train(self.round * self._inner_steps + self._steps, steps, count)
+            self.trainer.train(self._next_step, steps, count, self._next_batch)
 
     def encode(self, chunk: int, out: memoryview) -> None:
         with self._codec.work_on(chunk) as (delta, _):
             torch.sub(self._outer.theta(chunk), self._on_host(chunk, delta), out=delta)
             self._codec.encode(delta, out, scratch=delta)
-
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
-        return self._codec.reduce(chunk, payloads, weights, out)
 
     def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
         """Raises :class:`ProtocolError` if ``mean`` is not valid, :class:`LocalError` if this round had one already.
@@ -120,54 +112,32 @@ class DilocoWorkload:
         """
         with self._codec.work_on(chunk) as (gradient, scratch):
             self._codec.decode(mean, gradient)
-            if included:
+            if included or not self._away:
                 self._outer.step(chunk, gradient, scratch)
                 self._move_local(chunk, self._outer.theta(chunk))
             else:
-                self._step_and_keep_progress(chunk, gradient, scratch)
+                self._keep_progress(chunk, lambda: self._outer.step(chunk, gradient, scratch))
+                self._kept = True
 
     def end_round(self) -> bytes:
         digest = self._outer.end_round()
-        self._steps, self._away, self._kept = 0, self._kept, False
+        self._away, self._kept = self._kept, False
         return digest
-
-    def state_digest(self) -> bytes:
-        """After ``round`` rounds: while the chunks of the next one are applied, that of the last one."""
-        return self._outer.digest
 
     def restore(self) -> None:
         for chunk in range(self.chunk_count):
             self._move_local(chunk, self._outer.theta(chunk))
         self.trainer.reset_optimizer()
-        self._steps, self._away, self._kept = 0, False, False
-
-    def export_state(self, chunk: int) -> bytes:
-        """Its BLAKE3 is ``chunk_digest(chunk)``."""
-        return self._outer.export_chunk(chunk)
-
-    def chunk_digest(self, chunk: int) -> bytes:
-        """BLAKE3 of what ``export_state`` gives."""
-        return self._outer.chunk_digest(chunk)
+        self._next_step, self._away, self._kept = 0, False, False
 
     def import_state(self, chunk: int, data: memoryview) -> None:
+        """Raises :class:`ProtocolError` if ``data`` has another size or is not finite: then nothing has changed."""
         with torch_threads(1):
-            self._outer.import_chunk(chunk, data)
-
-    def end_import(self, round: int) -> bytes:
-        """Also does what ``restore`` does: the local progress was made from other outer weights."""
-        digest = self._outer.end_import(round)
-        self.restore()
-        return digest
-
-    def named_state(self) -> Mapping[str, Tensor]:
-        """The weights by the model's parameter names, the momentum by ``momentum.`` and the name."""
-        return self._outer.named(self.trainer.spans)
-
-    def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:
-        """Also does what ``restore`` does. If it raises nothing has changed."""
-        digest = self._outer.load_named(self.trainer.spans, tensors, round)
-        self.restore()
-        return digest
+            if self._away:
+                self._keep_progress(chunk, lambda: self._outer.import_chunk(chunk, data))
+            else:
+                self._outer.import_chunk(chunk, data)
+                self._move_local(chunk, self._outer.theta(chunk))
 
     def evaluate(self) -> float:
         """If the local weights are others than the outer ones, the two trade places, and exporting waits meanwhile."""
@@ -192,20 +162,30 @@ class DilocoWorkload:
         self.trainer.device.to_device(weights, self._local(chunk))
         self.trainer.device.synchronize()
 
-    def _step_and_keep_progress(self, chunk: int, gradient: Tensor, scratch: Tensor) -> None:
-        """x <- theta' + (x - theta): without local progress x is exactly theta', which x + (theta' - theta) is not."""
+    def _keep_progress(self, chunk: int, move_theta: Callable[[], None]) -> None:
+        """x <- theta' + (x - theta): where x is theta it becomes theta' itself, which x + (theta' - theta) is not.
+
+        If ``move_theta`` raises, x stays.
+        """
         with self._codec.work_on(chunk) as (progress, _):
             torch.sub(self._on_host(chunk, progress), self._outer.theta(chunk), out=progress)
-            self._outer.step(chunk, gradient, scratch)
+            move_theta()
             self._move_local(chunk, progress.add_(self._outer.theta(chunk)))
-        self._kept = True
 
 
-def build_workload(run: RunSpec, node: NodeSettings, stream: int) -> DilocoWorkload:
-    """The workload of a node that trains. ``stream`` in [0, 2^64) picks its data: another one for each node.
+def build_workload(run: RunSpec, node: NodeSettings, stream: int) -> Workload:
+    """The workload of a node: that of a witness, or of one that trains, on data that ``stream`` picks.
 
     Raises :class:`~prime_async.errors.ConfigError` and :class:`~prime_async.errors.DataError` for settings and files
     that do not fit.
+    """
+    return open_witness(run, node) if node.witness else open_diloco(run, node, stream)
+
+
+def open_diloco(run: RunSpec, node: NodeSettings, stream: int) -> DilocoWorkload:
+    """The workload of a node that trains. ``stream`` in [0, 2^64) picks its data: another one for each node.
+
+    Raises as :func:`build_workload`.
     """
     trainer = open_inner_trainer(run, node, stream)
     theta = torch.empty(trainer.flat.numel())
@@ -213,4 +193,4 @@ def build_workload(run: RunSpec, node: NodeSettings, stream: int) -> DilocoWorkl
     trainer.device.synchronize()
     outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
     codec = make_codec(run.exchange.codec)
-    return DilocoWorkload(trainer, outer, codec, run.round.inner_steps, node.threads or usable_cores())
+    return DilocoWorkload(trainer, outer, codec, pace(run), node.threads or usable_cores())

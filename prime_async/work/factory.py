@@ -34,6 +34,20 @@ def build_model(run: RunSpec, vocab_size: int) -> nn.Module:
     return model
 
 
+def model_vocabulary(run: RunSpec, node: NodeSettings, corpus: Corpus | None = None) -> int:
+    """How many tokens the model knows: ``run.vocab_size``, or as many as the data have.
+
+    ``corpus`` is that data, if it is open already; else it is opened only where the setting does not say.
+    Raises :class:`~prime_async.errors.ConfigError` if the data have more tokens than the setting says.
+    """
+    if run.vocab_size and corpus is None:
+        return run.vocab_size
+    there = (corpus or open_corpus(run, node)).vocab_size
+    if 0 < run.vocab_size < there:
+        raise ConfigError([f"run.vocab_size: expected at least {there}, which the data have, got {run.vocab_size}"])
+    return run.vocab_size or there
+
+
 def open_corpus(run: RunSpec, node: NodeSettings) -> Corpus:
     """The data of ``[run] data``.
 
@@ -59,7 +73,7 @@ def open_inner_trainer(run: RunSpec, node: NodeSettings, stream: int) -> InnerTr
     set_threads(node.threads)
     device = Device.open(node.device, node.precision)
     corpus = open_corpus(run, node)
-    model = build_model(run, corpus.vocab_size)
+    model = build_model(run, model_vocabulary(run, node, corpus))
     return InnerTrainer(model, corpus, run, device, stream, node.micro_batch_size, compiled=node.compile)
 
 

@@ -82,17 +82,21 @@ class InnerTrainer:
         """Of inner step ``step`` of the run."""
         return learning_rate(step, self.run.inner, self._total_steps)
 
-    def train(self, first_step: int, steps: int, on_step: Callable[[StepReport], None]) -> None:
+    def train(
+        self, first_step: int, steps: int, on_step: Callable[[StepReport], None], first_batch: int | None = None
+    ) -> None:
         """Inner steps ``first_step`` .. ``first_step + steps - 1`` of the run.
 
-        A step's index alone decides its learning rate and, with the stream, its batch. ``on_step`` is called after
-        each, and may raise to stop there: that step is done, the next has not begun. A step whose loss or
-        gradient is not finite changes nothing: it is reported with its loss, counted and logged.
+        A step's index alone decides its learning rate and, with the stream, its batch, unless the batches are counted
+        from ``first_batch`` on. ``on_step`` is called after each, and may raise to stop there: that step is done, the
+        next has not begun. A step whose loss or gradient is not finite changes nothing: it is reported with its loss,
+        counted and logged.
         """
         self.model.train()
+        ahead = 0 if first_batch is None else first_batch - first_step
         for step in range(first_step, first_step + steps):
             began = time.perf_counter()
-            loss = self._step(step)
+            loss = self._step(step, step + ahead)
             self.steps_done += 1
             tokens = self.run.inner.batch_size * self.run.sequence_length
             on_step(StepReport(self.steps_done, loss, tokens, time.perf_counter() - began))
@@ -112,10 +116,10 @@ class InnerTrainer:
         with contextlib.nullcontext() if weights is None else _swapped(self.flat, weights):
             return self._evaluate(batches)
 
-    def _step(self, step: int) -> float:
+    def _step(self, step: int, batch: int) -> float:
         """One optimiser step; returns the loss."""
         self.gradients.zero_()
-        loss = self._accumulate(step)
+        loss = self._accumulate(batch)
         norm = torch.linalg.vector_norm(self.gradients)
         loss_value, norm_value = torch.stack((loss, norm)).tolist()  # the step's only wait for the device
         if not torch.isfinite(torch.tensor([loss_value, norm_value])).all():
@@ -130,10 +134,10 @@ class InnerTrainer:
         self._optimizer.step()
         return float(loss_value)
 
-    def _accumulate(self, step: int) -> Tensor:
-        """Add the batch's gradients into ``gradients``; returns the cross-entropy, a scalar on the device."""
+    def _accumulate(self, batch: int) -> Tensor:
+        """Add the gradients of a batch into ``gradients``; returns the cross-entropy, a scalar on the device."""
         settings = self.run.inner
-        inputs, targets = self.corpus.batch(self.stream, step, settings.batch_size, self.run.sequence_length)
+        inputs, targets = self.corpus.batch(self.stream, batch, settings.batch_size, self.run.sequence_length)
         total = torch.zeros((), device=self.device.torch_device)
         for some_inputs, some_targets in self._micro_batches(inputs, targets):
             share = len(some_inputs) / len(inputs)

@@ -134,7 +134,7 @@ class OuterState:
     def import_chunk(self, chunk: int, data: memoryview) -> None:
         """Replace the chunk by what another node exported.
 
-        Raises :class:`ProtocolError` if the size is wrong; the chunk is then as it was.
+        Raises :class:`ProtocolError` if the size is wrong, or a number is NaN or infinite; the chunk is then as it was.
         """
         if data.nbytes != self.state_bytes(chunk):
             raise ProtocolError(
@@ -143,6 +143,9 @@ class OuterState:
             )
         span, half = self.chunks.span(chunk), data.nbytes // 2
         source = as_tensor(data)
+        values = source if source.data_ptr() % 4 == 0 else source.clone()
+        if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values.view(torch.float32)))).all()):
+            raise ProtocolError(f"the state of chunk {chunk} has NaN or infinity in it: fetch it from another member")
         with self._locks[chunk]:
             self._changed.add(chunk)
             self._theta[span].view(torch.uint8).copy_(source[:half])

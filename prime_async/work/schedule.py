@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from prime_async.config.schema import InnerSettings, RunSpec
+from prime_async.config.schema import MAX_ROUND_STEPS, InnerSettings, RunSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Where a node is at the beginning of round r, however many steps it did itself: at r times these.
+
+    ``steps``: of the schedule. ``batches``: of its data stream.
+    """
+
+    steps: int
+    batches: int
+
+
+def pace(run: RunSpec) -> Pace:
+    """Of a run whose rounds end after so many inner steps: that many of both.
+
+    If rounds end after so many seconds, each node does as many steps as it can. The schedule is then divided among
+    the rounds; if its end is not known it follows the node's own steps alone. Batches get room for the most
+    steps that a round can have, so that none comes again, also after a restart.
+    """
+    if run.round.inner_steps:
+        return Pace(run.round.inner_steps, run.round.inner_steps)
+    return Pace(total_steps(run) // run.rounds if run.rounds else 0, MAX_ROUND_STEPS)
 
 
 def total_steps(run: RunSpec) -> int:
-    """Inner steps at which the schedule ends; 0: not known, for the run has no end."""
+    """Inner steps at which the schedule ends; 0: not known, for the run has no end, or rounds end with the clock."""
     return run.inner.total_steps or run.rounds * run.round.inner_steps
 
 

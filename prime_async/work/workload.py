@@ -1,8 +1,8 @@
 """What an exchange needs of whoever trains: the interface between the actors and the tensors.
 
-:class:`prime_async.work.diloco.DilocoWorkload` is the one that trains a model; the benchmark averages a plain
-buffer through the same interface. All methods but the properties run in worker threads, never two at once on the
-same chunk; none of them knows of an event loop.
+:class:`prime_async.work.diloco.DilocoWorkload` is the one that trains a model; a witness has only the outer state
+(:mod:`prime_async.work.witness`); the benchmark averages a plain buffer. All methods but the properties run in
+worker threads, never two at once on the same chunk; none of them knows of an event loop.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ class Workload(Protocol):
         """
         ...
 
+    def check(self, chunk: int, payload: memoryview) -> bool:
+        """Whether ``payload`` is a valid contribution to, or mean of, ``chunk``: of the right size, and finite.
+
+        ``apply`` takes a mean that passed.
+        """
+        ...
+
     def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
         """Take the outer step on ``chunk`` with the encoded ``mean``, and move the local weights with it.
 
@@ -95,7 +102,10 @@ class Workload(Protocol):
         ...
 
     def import_state(self, chunk: int, data: memoryview) -> None:
-        """Replace the outer state of ``chunk``."""
+        """Replace the outer state of ``chunk``, and move the local weights as far as the outer ones: progress is kept.
+
+        Raises :class:`~prime_async.errors.ProtocolError` if ``data`` cannot be that: then nothing has changed.
+        """
         ...
 
     def end_import(self, round: int) -> bytes:
@@ -107,8 +117,9 @@ class Workload(Protocol):
         ...
 
     def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:
-        """Replace the outer state by what ``named_state`` gave after ``round`` rounds. Returns its digest.
+        """Replace the outer state by what ``named_state`` gave after ``round`` rounds, and ``restore``.
 
+        Returns its digest.
         Raises ``KeyError`` or ``ValueError`` if a tensor is missing, or has another shape.
         """
         ...

@@ -1,0 +1,117 @@
+"""A simulated node: a process with its machines, and the disk that outlives it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from prime_async.log import MachineSettings
+from prime_async.machines.ballot import Ballot
+from prime_async.machines.facts import Fact
+from prime_async.machines.vocabulary import ActorName, Fail, Machine
+from prime_async.messages import ChunkInfo, ChunkKey
+
+Deferred = tuple[Callable[..., None], tuple[object, ...]]
+
+FIRST_STATE: tuple[int, bytes] = (0, blake3(b"the initial outer state").digest())
+
+
+def digest_of(*parts: object) -> bytes:
+    """A digest that stands for bytes that a real node would have."""
+    return blake3(repr(parts).encode()).digest()
+
+
+@dataclass(slots=True)
+class Disk:
+    """What a crash leaves of a node. ``born``: the number of its starts, from which incarnations are made.
+
+    ``free_at``: when the writes under way are done; ``wiped``: how often all was lost.
+    """
+
+    ballot: Ballot | None = None
+    state: tuple[int, bytes] | None = None
+    born: int = 0
+    free_at: float = 0.0
+    wiped: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """One fetch: ``client`` asked ``server`` for ``key``. ``over``: it was answered, or abandoned."""
+
+    actor: ActorName
+    client: SimNode
+    server: SimNode | None
+    peer: str
+    key: ChunkKey
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class SimNode:
+    """A process. ``state``: round and digest of its outer state. ``applied``: what it applied, by round.
+
+    ``steps``: inner steps since the start; those from ``base[chunk]`` on are not counted yet. ``counted``: round ->
+    the chunks whose committed mean counts this node.
+    """
+
+    id: str
+    settings: MachineSettings
+    machines: dict[ActorName, Machine]
+    disk: Disk
+    state: tuple[int, bytes] = FIRST_STATE
+    alive: bool = True
+    paused: bool = False
+    finished: bool = False
+    failure: Fail | None = None
+    backlog: list[Deferred] = field(default_factory=list)  # what came while it was paused
+    facts: list[Fact] = field(default_factory=list)
+    wake: dict[ActorName, float] = field(default_factory=dict)
+    dialled: dict[str, int] = field(default_factory=dict)  # peer -> its incarnation, 0 if unknown
+    ballots_stored: int = -1  # the seq of the newest that this process knows to be on disk
+
+    # the store
+    chunks: dict[ChunkKey, ChunkInfo] = field(default_factory=dict)
+    oldest: dict[str, int] = field(default_factory=lambda: {"contribution": 0, "mean": 0})
+    held: dict[tuple[ActorName, str, ChunkKey], ChunkInfo] = field(default_factory=dict)
+    waiting: dict[ChunkKey, list[Transfer]] = field(default_factory=dict)  # gets of others
+    asking: dict[tuple[ActorName, str, ChunkKey], Transfer] = field(default_factory=dict)  # our gets
+    up_free_at: float = 0.0
+    down_free_at: float = 0.0
+
+    # the work
+    steps: int = 0
+    base: dict[int, int] = field(default_factory=dict)
+    encoded: tuple[int, int] | None = None  # round, and steps at the time
+    counted: dict[int, set[int]] = field(default_factory=dict)
+    applied: dict[int, bytes] = field(default_factory=dict)
+    run_number: int = 0  # of the RunSteps under way
+    run_began: float = 0.0
+    run_step_s: float = 0.0
+    serves_state: bool = True
+    incoming: dict[int, bytes] = field(default_factory=dict)  # chunk of a state -> digest of the whole state
+
+    @property
+    def running(self) -> bool:
+        return self.alive and not self.finished and self.failure is None
+
+    @property
+    def start(self) -> int:
+        """The incarnation of this process when it began; what membership makes of it is a little higher."""
+        return self.settings.membership.me.incarnation
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Control messages and their bytes, and gets, of one node."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    sent_bytes: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+    received_bytes: Counter[str] = field(default_factory=Counter)
+    gets: int = 0
+    chunk_bytes_in: int = 0
+    chunk_bytes_out: int = 0

@@ -1,0 +1,40 @@
+"""What a simulated run is made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationSettings:
+    """The run, the network and the disks. Times are uniform between the two numbers of a pair.
+
+    ``seconds`` above 0: a round's training lasts so long, instead of ``inner_steps``. ``step_s``: of an inner step,
+    ``step_s_of`` for single nodes. ``loss`` and ``doubled`` are chances per control message; ``latency_s`` is that of
+    a message or of a chunk, beside its transfer. ``bytes_per_s_of``: bandwidth of single nodes, each way; without
+    it a transfer takes no time. ``saves_rounds``: the outer state is on disk after each round, or only when a node
+    leaves. ``measured``: messages are encoded, for their bytes to be counted.
+    """
+
+    chunk_count: int = 3
+    inner_steps: int = 4
+    seconds: float = 0.0
+    rounds: int = 0
+    min_members: int = 1
+    straggler_timeout_s: float = 0.0
+    heartbeat_s: float = 1.0
+    failure_timeout_s: float = 10.0
+    fetch_timeout_s: float = 60.0
+    step_s: float = 0.5
+    step_s_of: Mapping[str, float] = field(default_factory=dict, hash=False)
+    latency_s: tuple[float, float] = (0.01, 0.1)
+    loss: float = 0.0
+    doubled: float = 0.0
+    chunk_bytes: int = 1 << 20
+    bytes_per_s_of: Mapping[str, float] = field(default_factory=dict, hash=False)
+    disk_s: tuple[float, float] = (0.001, 0.02)
+    saves_rounds: bool = True
+    nat: frozenset[str] = frozenset()
+    witnesses: frozenset[str] = frozenset()
+    measured: bool = False

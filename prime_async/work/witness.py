@@ -1,0 +1,145 @@
+"""The outer state and its codec: all that a witness has, and what a node that trains has beside its trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prime_async.config.schema import NodeSettings, RunSpec
+from prime_async.errors import LocalError
+from prime_async.work.chunks import ChunkCodec
+from prime_async.work.codec import Codec, make_codec
+from prime_async.work.device import set_threads
+from prime_async.work.factory import build_model, model_vocabulary
+from prime_async.work.inner import Span, list_spans
+from prime_async.work.outer import OuterState
+from prime_async.work.threads import torch_threads
+from prime_async.work.workload import StepReport
+
+
+class OuterWorkload:
+    """The outer state of a DiLoCo run, on a node that has no model: no local weights, no data, no device.
+
+    ``reduce``, ``check``, ``apply``, ``export_state`` and ``import_state`` may run for different chunks at once.
+    ``restore``, ``end_round`` and ``end_import`` run alone; exporting goes on beside them.
+    """
+
+    def __init__(
+        self, outer: OuterState, spans: Sequence[Span], codec: Codec, allocate: Callable[[int], Tensor] = torch.empty
+    ) -> None:
+        """``spans``: where each parameter lies. ``allocate(n)`` makes scratch on the host, as in ``ChunkCodec``."""
+        self._outer = outer
+        self._spans = spans
+        self._codec = ChunkCodec(codec, outer.chunks, allocate)
+
+    @property
+    def elements(self) -> int:
+        """See :class:`Workload`, as for all methods below."""
+        return self._outer.chunks.elements
+
+    @property
+    def chunk_count(self) -> int:
+        return self._outer.chunks.count
+
+    @property
+    def round(self) -> int:
+        return self._outer.round
+
+    def payload_bytes(self, chunk: int) -> int:
+        return self._codec.payload_bytes(chunk)
+
+    def state_bytes(self, chunk: int) -> int:
+        return self._outer.state_bytes(chunk)
+
+    def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:  # noqa: ARG002
+        """Raises :class:`LocalError`: there is nothing to train."""
+        raise LocalError("a witness does no inner steps: set node.witness = false on a node that trains")
+
+    def encode(self, chunk: int, out: memoryview) -> None:  # noqa: ARG002
+        """Raises :class:`LocalError`: there is nothing to contribute."""
+        raise LocalError("a witness contributes nothing: set node.witness = false on a node that trains")
+
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+        return self._codec.reduce(chunk, payloads, weights, out)
+
+    def check(self, chunk: int, payload: memoryview) -> bool:
+        return self._codec.is_valid(chunk, payload)
+
+    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:  # noqa: ARG002  (no progress to keep)
+        """Raises :class:`ProtocolError` if ``mean`` is not valid, :class:`LocalError` if this round had one already.
+
+        Then nothing has changed.
+        """
+        with self._codec.work_on(chunk) as (gradient, scratch):
+            self._codec.decode(mean, gradient)
+            self._outer.step(chunk, gradient, scratch)
+
+    def end_round(self) -> bytes:
+        return self._outer.end_round()
+
+    def state_digest(self) -> bytes:
+        """After ``round`` rounds: while the chunks of the next one are applied, that of the last one."""
+        return self._outer.digest
+
+    def restore(self) -> None:
+        """There is no local progress."""
+
+    def export_state(self, chunk: int) -> bytes:
+        """Its BLAKE3 is ``chunk_digest(chunk)``."""
+        return self._outer.export_chunk(chunk)
+
+    def chunk_digest(self, chunk: int) -> bytes:
+        """BLAKE3 of what ``export_state`` gives."""
+        return self._outer.chunk_digest(chunk)
+
+    def import_state(self, chunk: int, data: memoryview) -> None:
+        """Raises :class:`ProtocolError` if ``data`` has another size or is not finite: then nothing has changed."""
+        with torch_threads(1):
+            self._outer.import_chunk(chunk, data)
+
+    def end_import(self, round: int) -> bytes:
+        return self._outer.end_import(round)
+
+    def named_state(self) -> Mapping[str, Tensor]:
+        """The weights by the model's parameter names, the momentum by ``momentum.`` and the name."""
+        return self._outer.named(self._spans)
+
+    def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:
+        """Also does what ``restore`` does. If it raises nothing has changed."""
+        digest = self._outer.load_named(self._spans, tensors, round)
+        self.restore()
+        return digest
+
+    def evaluate(self) -> float:
+        """NaN: that takes a model and data."""
+        return math.nan
+
+
+def open_witness(run: RunSpec, node: NodeSettings) -> OuterWorkload:
+    """The workload of a witness, with the very initial weights of the nodes that train.
+
+    To have those, the model is built once, on the host, and dropped. Its vocabulary is ``run.vocab_size``; without
+    that setting it is read from the data, so they must be here.
+
+    Raises :class:`~prime_async.errors.ConfigError` and :class:`~prime_async.errors.DataError` for settings and files
+    that do not fit.
+    """
+    set_threads(node.threads)
+    theta, spans = _initial_weights(run, node)
+    return OuterWorkload(
+        OuterState(theta, run.exchange.chunk_elements, run.outer), spans, make_codec(run.exchange.codec)
+    )
+
+
+def _initial_weights(run: RunSpec, node: NodeSettings) -> tuple[Tensor, list[Span]]:
+    """fp32 (n,), in the order of ``InnerTrainer.flat``, and where each parameter lies in it."""
+    model = build_model(run, model_vocabulary(run, node))
+    spans = list_spans(model)
+    theta = torch.empty(spans[-1].stop)
+    parameters = dict(model.named_parameters())
+    for span in spans:
+        theta[span.start : span.stop].view(span.shape).copy_(parameters[span.name].detach())
+    return theta, spans

@@ -1,0 +1,221 @@
+"""Nodes as processes of their own, ``prime-async run`` on a TOML file, on loopback or in hosts of the network lab."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from prime_async.config.load import config_from
+from prime_async.config.template import node_toml
+from prime_async.transport.keys import read_key_file, write_key_file
+from tests.netlab import ROOT, Lab, address
+
+PATIENCE_S: Final = 120.0
+"""How long a test waits for what must happen."""
+PORTS: Final = (7700, 7701)
+"""Control and bulk, in a lab, where each host has all ports to itself."""
+
+SMALL_RUN: Final[Mapping[str, Any]] = {
+    "name": "node-processes",
+    "sequence_length": 32,
+    "inner": {"batch_size": 2, "warmup_steps": 2},
+    "round": {"inner_steps": 3},
+    "exchange": {"chunk_elements": 65536},
+}
+"""Settings of a run whose rounds take a second."""
+
+
+class NodeProcess:
+    """One node process, and what it has told so far. ``host``: in the lab."""
+
+    def __init__(self, name: str, host: int, directory: Path, process: trio.Process) -> None:
+        self.name = name
+        self.host = host
+        self.directory = directory
+        self.process = process
+        self.id = read_key_file(directory / "node.key").id
+        self.contact = ""  # KEY@HOST:PORT, once it listens
+        self.facts: list[tuple[float, dict[str, Any]]] = []  # (when, as `--events` prints it), on trio's clock
+        self.has_ended = False
+        self._changed = trio.Event()
+
+    def told(self, kind: str, **fields: object) -> list[dict[str, Any]]:
+        """The facts of one kind with these fields, the first one first."""
+        return [fact for _, fact in self.facts if fact["type"] == kind and fields.items() <= fact.items()]
+
+    async def until(self, condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
+        """Wait until ``condition`` holds, which is looked at whenever the node tells something."""
+        with trio.move_on_after(limit_s) as scope:
+            while not condition():
+                if self.has_ended:
+                    raise AssertionError(f"{self.name} ended before that. Its last words:\n{self.last_words}")
+                await self._changed.wait()
+        assert not scope.cancelled_caught, f"{self.name} did not get there in {limit_s} s:\n{self.last_words}"
+
+    async def next(self, kind: str, limit_s: float = PATIENCE_S, **fields: object) -> dict[str, Any]:
+        """The first fact of this kind with these fields that it tells from now on."""
+        before = len(self.told(kind, **fields))
+        await self.until(lambda: len(self.told(kind, **fields)) > before, limit_s)
+        return self.told(kind, **fields)[before]
+
+    async def rounds(self, count: int, limit_s: float = PATIENCE_S) -> None:
+        """Wait until it has finished ``count`` rounds more."""
+        done = len(self.told("round_finished"))
+        await self.until(lambda: len(self.told("round_finished")) >= done + count, limit_s)
+
+    def pause(self) -> None:
+        """It stands still, with all its threads and sockets, until :meth:`resume`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    async def kill(self) -> None:
+        """It is gone, without a word."""
+        self.process.kill()
+        await self.process.wait()
+
+    async def leave(self, limit_s: float = PATIENCE_S) -> int:
+        """Ask it to leave well, and wait until it has. Gives its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        with trio.fail_after(limit_s):
+            return await self.process.wait()
+
+    @property
+    def last_words(self) -> str:
+        """The end of its log."""
+        return "\n".join((self.directory / "node.log").read_text(errors="replace").splitlines()[-20:])
+
+    async def listen(self) -> None:
+        """Read what it tells, until it ends."""
+        assert self.process.stdout is not None
+        buffer = b""
+        async for data in self.process.stdout:
+            *lines, buffer = (buffer + data).split(b"\n")
+            now = trio.current_time()
+            self.facts += [(now, json.loads(line)) for line in lines]
+            self._tell()
+        self.has_ended = True
+        self._tell()
+
+    def _tell(self) -> None:
+        for fact in self.told("started"):
+            self.contact = fact["contact"]
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+class Nodes:
+    """The node processes of one test. Each has a folder of its own name in ``directory``."""
+
+    def __init__(self, directory: Path, run: Mapping[str, Any], lab: Lab | None, nursery: trio.Nursery) -> None:
+        self.started: list[NodeProcess] = []
+        self._directory = directory
+        self._run = run
+        self._lab = lab
+        self._nursery = nursery
+
+    async def start(
+        self,
+        name: str,
+        host: int = 0,
+        *,
+        join: NodeProcess | None = None,
+        run: Mapping[str, Any] | None = None,
+        **node: Any,
+    ) -> NodeProcess:
+        """Start a node, for the first time or again, and wait until it listens.
+
+        It joins ``join``, or else the first that was started, or founds the run. ``run`` and ``node``: settings that
+        differ from those of the others.
+        """
+        home = self._directory / name
+        home.mkdir(exist_ok=True)
+        if not (home / "node.key").exists():
+            write_key_file(home / "node.key")
+        contact = join or next((known for known in self.started if known.name != name), None)
+        settings = self._node_settings(name, host, home, [] if contact is None else [contact.contact])
+        config = config_from({"run": merged(self._run, run or {}), "node": merged(settings, node)})
+        (home / "node.toml").write_text(node_toml(config), encoding="utf-8")
+        process = await self._open(host, home)
+        started = NodeProcess(name, host, home, process)
+        self.started.append(started)
+        self._nursery.start_soon(started.listen)
+        await started.until(lambda: bool(started.contact))
+        return started
+
+    async def kill_all(self) -> None:
+        for node in self.started:
+            await node.kill()
+
+    def _node_settings(self, name: str, host: int, home: Path, join: list[str]) -> dict[str, Any]:
+        here = "127.0.0.1" if self._lab is None else address(host)
+        control, bulk = (0, 0) if self._lab is None else PORTS
+        return {
+            "name": name,
+            "key": str(home / "node.key"),
+            "directory": str(home / "state"),
+            "host": here,
+            "advertise": here,
+            "port": control,
+            "bulk_port": bulk,
+            "join": join,
+            "allow": ["any"],
+            "threads": 1,
+        }
+
+    async def _open(self, host: int, home: Path) -> trio.Process:
+        words = [sys.executable, "-m", "prime_async", "run", str(home / "node.toml"), "--events", "--stop-on-eof"]
+        command = words if self._lab is None else self._lab.command(host, words)
+        with (home / "node.log").open("ab") as log:
+            return await trio.lowlevel.open_process(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=ROOT, start_new_session=True
+            )
+
+
+@asynccontextmanager
+async def node_processes(
+    directory: Path, run: Mapping[str, Any] | None = None, lab: Lab | None = None
+) -> AsyncIterator[Nodes]:
+    """Start nodes with :meth:`Nodes.start`; those that still run at the end of the block are killed.
+
+    ``run``: settings of the run, over those of ``SMALL_RUN``. ``lab``: where nodes run in its hosts.
+    """
+    async with trio.open_nursery() as nursery:
+        nodes = Nodes(directory, merged(SMALL_RUN, run or {}), lab, nursery)
+        try:
+            yield nodes
+        finally:
+            with trio.CancelScope(shield=True):
+                await nodes.kill_all()
+            nursery.cancel_scope.cancel()
+
+
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with ``changes``, table by table."""
+    result = dict(settings)
+    for name, value in changes.items():
+        old = result.get(name)
+        result[name] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def processes_about(path: Path) -> list[str]:
+    """Command lines of processes that name ``path``: what a test of this folder has left behind."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = place.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(str(path).encode() in word for word in words):
+            found.append(b" ".join(words).decode(errors="replace"))
+    return found

@@ -1,0 +1,288 @@
+"""Random schedules from fixed seeds: lost, doubled, late messages; crashes, restarts, pauses, cuts, comings and goings.
+
+Everything that must hold is in ``prime_async.testing.properties``, and is looked at after every event. A schedule that
+fails is run again and recorded: its error says where every event and effect of it is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from prime_async.testing import Simulation, SimulationSettings
+from prime_async.testing.properties import Properties
+from prime_async.testing.schedules import Chaos, explore, run_schedule
+from tests.simulation_harness import STEADY, begin, newest_round, reach, steady
+
+BLOCKS = 40
+SEEDS_PER_BLOCK = 25
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_runs_go_on_after_whatever_goes_wrong(block: int) -> None:
+    explore(range(SEEDS_PER_BLOCK * block, SEEDS_PER_BLOCK * (block + 1)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(400))
+def test_many_more_runs_go_on(block: int) -> None:
+    explore(range(100_000 + 50 * block, 100_050 + 50 * block))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(100))
+def test_long_schedules_go_on(block: int) -> None:
+    explore(range(200_000 + 20 * block, 200_020 + 20 * block), lambda seed: run_schedule(seed, disturbances=20))
+
+
+def test_a_seed_decides_everything() -> None:
+    first, second, other = run_schedule(7), run_schedule(7), run_schedule(8)
+    assert first.done == second.done
+    assert first.simulation.now == second.simulation.now
+    assert first.simulation.kernel.events == second.simulation.kernel.events
+    assert {n.id: n.state for n in first.simulation.running} == {n.id: n.state for n in second.simulation.running}
+    assert first.simulation.kernel.events != other.simulation.kernel.events
+
+
+def test_a_restored_snapshot_goes_on_as_the_original_does() -> None:
+    chaos = steady()
+    chaos.simulation.run_for(1.0)
+    copy = Chaos.restored(chaos.snapshot())
+    for each in (chaos, copy):
+        each.simulation.crash("n1")
+        each.simulation.run_for(30.0)
+    assert chaos.simulation.kernel.events == copy.simulation.kernel.events
+    assert {n.id: n.state for n in chaos.simulation.running} == {n.id: n.state for n in copy.simulation.running}
+
+
+def test_a_schedule_that_fails_says_its_seed_and_where_its_trace_is() -> None:
+    with pytest.raises(AssertionError, match="seed 77"):
+        Simulation(2, 77).run_until(lambda: False, 5.0)
+
+
+# --- by kind --------------------------------------------------------------------------------------------------------
+
+
+def several_at_once(chaos: Chaos, count: int) -> None:
+    for name in chaos.chance.sample(list(chaos.simulation.nodes), count):
+        chaos.crash(name)
+        chaos.wait(0, 0.3)
+
+
+def one_after_another(chaos: Chaos) -> None:
+    names = list(chaos.simulation.nodes)
+    chaos.chance.shuffle(names)
+    for name in names[:-1]:
+        chaos.crash(name)
+        chaos.wait(0, 40)
+    for name in names[:-1]:
+        if chaos.chance.random() < 0.6:
+            chaos.restart(name, wiped=chaos.chance.random() < 0.3)
+
+
+def whole_cluster(chaos: Chaos) -> None:
+    names = list(chaos.simulation.nodes)
+    for name in names:
+        chaos.crash(name)
+        chaos.wait(0, 0.5)
+    for name in names:
+        chaos.wait(0, 3)
+        chaos.restart(name)
+
+
+def split_while_others_crash(chaos: Chaos) -> None:
+    names = list(chaos.simulation.nodes)
+    chaos.chance.shuffle(names)
+    middle = chaos.chance.randint(1, len(names) // 2)
+    chaos.simulation.split(names[:middle], names[middle:])
+    chaos.wait(0, 15)
+    chaos.crash(names[0])
+    chaos.wait(0, 15)
+    chaos.simulation.split()
+    chaos.wait(0, 5)
+    chaos.restart(names[0])
+
+
+def flapping(chaos: Chaos) -> None:
+    for _ in range(3):
+        chaos.simulation.flap(*chaos.chance.sample(list(chaos.simulation.nodes), 2))
+    chaos.wait(20, 60)
+
+
+def joiners(chaos: Chaos) -> None:
+    chaos.join(10)
+    chaos.wait(0, 3)
+    chaos.crash(chaos.some())
+
+
+def leavers(chaos: Chaos) -> None:
+    names = list(chaos.simulation.nodes)
+    for name in chaos.chance.sample(names, len(names) // 2):
+        chaos.leave(name, at_once=chaos.chance.random() < 0.5)
+        chaos.wait(0, 2)
+    chaos.crash(chaos.some())
+
+
+def islands_that_move(chaos: Chaos) -> None:
+    for _ in range(3):
+        names = list(chaos.simulation.nodes)
+        chaos.chance.shuffle(names)
+        chaos.simulation.split(names[:2], names[2:])
+        chaos.wait(0, 25)
+
+
+KINDS: dict[str, tuple[int, Callable[[Chaos], None]]] = {
+    "one": (4, lambda c: several_at_once(c, 1)),
+    "two": (5, lambda c: several_at_once(c, 2)),
+    "five of twelve": (12, lambda c: several_at_once(c, 5)),
+    "one after another": (5, one_after_another),
+    "whole cluster": (4, whole_cluster),
+    "split and crash": (4, split_while_others_crash),
+    "split and crash of five": (5, split_while_others_crash),
+    "flapping": (4, flapping),
+    "joiners": (3, joiners),
+    "leavers": (5, leavers),
+    "islands": (4, islands_that_move),
+}
+
+
+def run_kind(kind: str, seed: int) -> None:
+    nodes, act = KINDS[kind]
+    chance = random.Random(seed)
+    chaos = begin(
+        nodes,
+        seed,
+        SimulationSettings(
+            chunk_count=chance.randint(1, 6),
+            inner_steps=chance.randint(1, 6),
+            loss=chance.choice([0, 0.05]),
+            doubled=chance.choice([0, 0.05]),
+            nat=frozenset(chance.choice([(), ("n2",)])),
+            witnesses=frozenset(chance.choice([(), ("n1",)])),
+        ),
+    )
+    try:
+        chaos.wait(5, 20)
+        act(chaos)
+        chaos.wait(0, 30)
+        chaos.heal()
+        if not chaos.why_stuck():
+            chaos.expect_progress()
+    except Exception as error:
+        error.add_note("\n".join([f"run_kind({kind!r}, {seed}):", *chaos.done]))
+        raise
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_runs_go_on_after_each_kind_of_trouble(kind: str) -> None:
+    for seed in range(12):
+        run_kind(kind, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("block", range(20))
+def test_many_runs_of_each_kind(kind: str, block: int) -> None:
+    for seed in range(1000 + 50 * block, 1050 + 50 * block):
+        run_kind(kind, seed)
+
+
+# --- hypothesis: schedules that shrink ------------------------------------------------------------------------------
+
+NODE = st.integers(0, 4)
+SECONDS = st.sampled_from([0.0, 0.05, 0.3, 1.0, 3.0, 8.0, 14.0])
+
+
+class Schedule(RuleBasedStateMachine):
+    """Faults in any order; after them all must be well again."""
+
+    @initialize(nodes=st.integers(2, 4), chunks=st.integers(1, 3), seed=st.integers(0, 3), loss=st.booleans())
+    def found(self, nodes: int, chunks: int, seed: int, loss: bool) -> None:
+        made = replace(STEADY, chunk_count=chunks, inner_steps=3, loss=0.1 if loss else 0.0, doubled=0.05)
+        simulation = Simulation(nodes, seed, made)
+        self.chaos = Chaos(simulation, Properties(simulation).watch(), random.Random(seed))
+        simulation.run_for(12.0)
+
+    def name(self, number: int) -> str:
+        names = list(self.chaos.simulation.nodes)
+        return names[number % len(names)]
+
+    @rule(seconds=SECONDS)
+    def wait(self, seconds: float) -> None:
+        self.chaos.simulation.run_for(seconds)
+
+    @rule(node=NODE)
+    def crash(self, node: int) -> None:
+        self.chaos.crash(self.name(node))
+
+    @rule(node=NODE, wiped=st.booleans())
+    def restart(self, node: int, wiped: bool) -> None:
+        self.chaos.restart(self.name(node), wiped=wiped)
+
+    @rule(node=NODE)
+    def pause(self, node: int) -> None:
+        self.chaos.simulation.pause(self.name(node))
+
+    @rule(node=NODE)
+    def resume(self, node: int) -> None:
+        self.chaos.simulation.resume(self.name(node))
+
+    @rule(a=NODE, b=NODE, both_ways=st.booleans())
+    def cut(self, a: int, b: int, both_ways: bool) -> None:
+        self.chaos.simulation.cut(self.name(a), self.name(b), both_ways=both_ways)
+
+    @rule(away=st.sets(NODE, max_size=2))
+    def split(self, away: set[int]) -> None:
+        self.chaos.simulation.split((), [self.name(i) for i in sorted(away)])
+
+    @rule()
+    def mend(self) -> None:
+        self.chaos.simulation.network.heal()
+
+    @rule()
+    def join(self) -> None:
+        if len(self.chaos.simulation.nodes) < 6:
+            self.chaos.join()
+
+    @rule(node=NODE, at_once=st.booleans())
+    def leave(self, node: int, at_once: bool) -> None:
+        self.chaos.leave(self.name(node), at_once=at_once)
+
+    def teardown(self) -> None:
+        if hasattr(self, "chaos"):
+            self.chaos.heal()
+            if not self.chaos.why_stuck():
+                self.chaos.expect_progress(2)
+
+
+def explore_with_hypothesis(examples: int, steps: int) -> None:
+    made = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        derandomize=True,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(Schedule, settings=made)
+
+
+def test_no_short_schedule_breaks_a_run() -> None:
+    explore_with_hypothesis(60, 8)
+
+
+@pytest.mark.long
+def test_no_longer_schedule_breaks_a_run() -> None:
+    explore_with_hypothesis(3000, 25)
+
+
+def test_a_node_that_slept_fetches_what_it_missed_and_takes_part_again() -> None:
+    chaos = steady()
+    chaos.pause("n2", 40.0)
+    reach(chaos, newest_round(chaos) + 3, 40)

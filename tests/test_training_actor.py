@@ -1,0 +1,218 @@
+"""What the training and the checkpoint actor do with a workload."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import trio
+from blake3 import blake3
+
+from prime_async.actors.checkpoint import CheckpointActor
+from prime_async.actors.store import ChunkStore
+from prime_async.actors.tensors import Tensors
+from prime_async.actors.training import TrainingActor
+from prime_async.errors import ProtocolError
+from prime_async.machines.vocabulary import (
+    Applied,
+    Apply,
+    ChunkImported,
+    EndImport,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    ImportChunk,
+    Imported,
+    RunSteps,
+    StepsDone,
+    StopSteps,
+)
+from prime_async.messages import ChunkInfo, ChunkKey, bitmap
+from prime_async.transport.base import Chunk
+from prime_async.transport.memory import MemoryNetwork
+from prime_async.work.buffer_workload import BufferWorkload
+from prime_async.work.codec import make_codec
+from prime_async.work.workload import StepReport
+from tests.machine_harness import key
+
+LIMIT_S = 10.0
+
+
+class Noting(BufferWorkload):
+    """Its inner steps wait for a permit each; it notes which chunks counted it. What is not finite it refuses."""
+
+    def __init__(self, seed: int = 1) -> None:
+        super().__init__(BufferWorkload.random(600, 256, make_codec("fp32"), seed).values, 256, make_codec("fp32"))
+        self.permits = threading.Semaphore(0)
+        self.included: dict[int, bool] = {}
+        self.import_gate: Callable[[], object] = lambda: None
+
+    def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
+        for step in range(steps):
+            assert self.permits.acquire(timeout=LIMIT_S)
+            on_step(StepReport(step=step + 1, loss=1.0, tokens=10, seconds=0.0))
+
+    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
+        self.included[chunk] = included
+        super().apply(chunk, mean, included)
+
+    def import_state(self, chunk: int, data: memoryview) -> None:
+        if not self.check(chunk, data):
+            raise ProtocolError("not finite")
+        super().import_state(chunk, data)
+
+    def end_import(self, round: int) -> bytes:
+        if hasattr(self, "import_gate"):
+            self.import_gate()
+        return super().end_import(round)
+
+
+@dataclass
+class Bench:
+    """A training actor, and what it posted."""
+
+    workload: Noting
+    store: ChunkStore
+    actor: TrainingActor
+    events: trio.MemoryReceiveChannel[Event]
+    served: list[int | None] = field(default_factory=list)
+
+    async def posted(self) -> Event:
+        with trio.fail_after(LIMIT_S):
+            return await self.events.receive()
+
+
+@asynccontextmanager
+async def training() -> AsyncIterator[Bench]:
+    send, receive = trio.open_memory_channel[Event](20)
+    async with trio.open_nursery() as nursery:
+        workload, store, served = Noting(), ChunkStore(), list[int | None]()
+        actor = TrainingActor(
+            Tensors(workload, 2),
+            store,
+            nursery,
+            send.send_nowait,
+            report=lambda _: None,
+            fail=lambda _: None,
+            serve_round=served.append,
+            save=lambda: None,
+        )
+        yield Bench(workload, store, actor, receive, served)
+        nursery.cancel_scope.cancel()
+
+
+def chunk_of(data: bytes, *members: int) -> Chunk:
+    info = ChunkInfo(digest=blake3(data).digest(), contributors=bitmap(members), total_weight=len(members))
+    return Chunk(info=info, payload=memoryview(data))
+
+
+async def test_steps_end_after_the_one_that_is_under_way_and_there_is_at_least_one() -> None:
+    async with training() as bench:
+        bench.actor.perform(RunSteps(round=0, steps=2**20))
+        bench.actor.perform(StopSteps())  # before the first one has begun, maybe
+        bench.workload.permits.release(100)
+        done = await bench.posted()
+        assert isinstance(done, StepsDone)
+        assert (done.steps, done.tokens) == (1, 10)
+
+
+async def test_what_ended_the_last_steps_does_not_end_the_next() -> None:
+    async with training() as bench:
+        bench.workload.permits.release(100)
+        bench.actor.perform(StopSteps())
+        bench.actor.perform(RunSteps(round=0, steps=3))
+        done = await bench.posted()
+        assert isinstance(done, StepsDone)
+        assert (done.steps, done.tokens) == (3, 30)
+
+
+@pytest.mark.parametrize(("position", "counted"), [(-1, []), (0, [0, 1]), (2, [1, 2])])
+async def test_the_settled_means_are_applied_and_their_headers_say_who_is_in_them(
+    position: int, counted: list[int]
+) -> None:
+    async with training() as bench:
+        values = np.arange(600, dtype=np.float32)
+        for chunk, members in enumerate([(0, 1), (0, 2), (1, 2)]):
+            settled = values[256 * chunk : 256 * chunk + 256].tobytes()
+            bench.store.put(key("mean", chunk, round=4), chunk_of(settled, *members))
+            bench.store.put(key("mean", chunk, round=4, epoch=3, attempt=1), chunk_of(b"", 0, 1, 2))
+        bench.workload.end_import(4)
+        bench.actor.perform(Apply(round=4, position=position))
+        assert await bench.posted() == Applied(round=5, digest=bench.workload.state_digest())
+        assert bench.workload.values.tolist() == values.tolist()
+        assert [chunk for chunk, included in sorted(bench.workload.included.items()) if included] == counted
+        assert bench.served == [None, 5]
+
+
+@dataclass
+class Import:
+    """A checkpoint actor that fetches from a peer, which serves what is in ``offered``."""
+
+    workload: Noting
+    offered: ChunkStore
+    actor: CheckpointActor
+    events: trio.MemoryReceiveChannel[Event]
+
+    async def posted(self) -> Event:
+        with trio.fail_after(LIMIT_S):
+            return await self.events.receive()
+
+    async def place(self, what: ChunkKey) -> Event:
+        """Fetch a chunk and put it in its place; how that ended."""
+        self.actor.perform(Fetch(peer="b", key=what, timeout_s=LIMIT_S))
+        assert isinstance(await self.posted(), Fetched)
+        self.actor.perform(ImportChunk(peer="b", key=what))
+        return await self.posted()
+
+
+@asynccontextmanager
+async def importing() -> AsyncIterator[Import]:
+    network = MemoryNetwork(1)
+    send, receive = trio.open_memory_channel[Event](20)
+    async with network.open("a") as a, network.open("b") as b, trio.open_nursery() as nursery:
+        offered, workload = ChunkStore(), Noting()
+        b.serve(offered)
+        a.dial("b", b.control_address, b.bulk_address)
+        actor = CheckpointActor(a, Tensors(workload, 2), ChunkStore(), nursery, send.send_nowait, lambda _: None)
+        actor.served_round = 0
+        yield Import(workload, offered, actor, receive)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("data", [b"short", np.full(256, math.nan, np.float32).tobytes()])
+async def test_a_chunk_that_the_workload_refuses_is_a_fetch_that_failed(data: bytes) -> None:
+    """What is not finite would take the local progress with it."""
+    async with importing() as bench:
+        what = key("mean", 0)
+        bench.offered.put(what, chunk_of(data))
+        before = bench.workload.export_state(0)
+        assert await bench.place(what) == FetchFailed(peer="b", key=what, fault="invalid")
+        assert bench.workload.export_state(0) == before
+
+
+async def test_an_import_that_ends_while_the_next_one_begins_makes_no_whole_state() -> None:
+    """Defect: half of it was of another round, and it could be served, and saved."""
+    async with importing() as bench:
+        other = Noting(seed=2)
+        for chunk in range(other.chunk_count):
+            bench.offered.put(key("mean", chunk), chunk_of(other.export_state(chunk)))
+        await bench.place(key("mean", 0))
+        gate = threading.Event()
+        bench.workload.import_gate = lambda: gate.wait(LIMIT_S)
+        bench.actor.perform(EndImport(round=7))
+        bench.actor.perform(Fetch(peer="b", key=key("mean", 1), timeout_s=LIMIT_S))
+        assert isinstance(await bench.posted(), Fetched)
+        bench.actor.perform(ImportChunk(peer="b", key=key("mean", 1)))
+        gate.set()
+        assert isinstance(await bench.posted(), Imported)
+        assert await bench.posted() == ChunkImported(key=key("mean", 1))
+        assert bench.actor.served_round is None
+        bench.actor.perform(EndImport(round=8))
+        assert isinstance(await bench.posted(), Imported)
+        assert bench.actor.served_round == 8
