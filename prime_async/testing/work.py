@@ -28,7 +28,7 @@ from prime_async.machines.vocabulary import (
     StepsDone,
     StopSteps,
 )
-from prime_async.messages import ChunkInfo, ChunkKey, positions
+from prime_async.messages import ChunkInfo, ChunkKey
 from prime_async.testing.host import SimNode, digest_of
 from prime_async.testing.kernel import Kernel
 from prime_async.testing.settings import SimulationSettings
@@ -38,6 +38,11 @@ TENSOR_S = 0.05
 """To encode, to apply, to evaluate, to save."""
 IMPORT_S = 0.01
 TOKENS_PER_STEP = 10
+
+
+def is_set(bits: bytes, position: int) -> bool:
+    """Whether a bitmap has this position; -1 is in none."""
+    return 0 <= position < 8 * len(bits) and bool(bits[position // 8] >> position % 8 & 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +138,7 @@ class Work:
         for chunk in range(self.settings.chunk_count):
             mean = node.chunks[ChunkKey(kind="mean", round=effect.round, chunk=chunk)]
             means.append(mean.digest)
-            if effect.position >= 0 and effect.position in positions(mean.contributors):
+            if is_set(mean.contributors, effect.position):
                 assert node.encoded is not None
                 node.base[chunk] = node.encoded[1]
                 node.counted.setdefault(effect.round, set()).add(chunk)
