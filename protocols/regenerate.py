@@ -766,7 +766,7 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("membership", Reached(peer=C, reachable=True)),
         ("membership", Reached(peer=C, reachable=False)),
         ("membership", BallotStored(seq=1)),
-        ("membership", CommitReady(commit=COMMIT)),
+        ("membership", CommitReady(commit=COMMIT, view=7)),
         ("membership", Weighed(weights={B: 3, A: 1})),
         ("membership", Progress(inner_steps=500)),
         ("membership", AskAgain()),

@@ -257,7 +257,7 @@ def test_a_leader_that_has_not_applied_yet_may_welcome_with_the_round_before() -
 
 def test_a_joiner_is_sent_to_a_member_that_has_the_state_if_the_leader_has_missed_it() -> None:
     leader = leading("n1", "n2")
-    give(leader, 1.0, CommitReady(commit=commit(1, epoch=2)))
+    give(leader, 1.0, CommitReady(commit=commit(1, epoch=2), view=6))
     accepts(leader, 1.0, "n1")
     [nowhere] = facts(StateNowhere, give(leader, 1.0, AskAgain()))
     assert (nowhere.round, nowhere.ours) == (1, 0)
@@ -410,14 +410,24 @@ def test_a_proposal_is_repeated_to_those_that_have_not_stored_it() -> None:
 
 def test_a_commit_is_the_next_view_and_everybody_hears_of_it() -> None:
     leader = leading("n1", "n2")
-    effects = give(leader, 1.0, CommitReady(commit=commit(0, epoch=2)))
+    effects = give(leader, 1.0, CommitReady(commit=commit(0, epoch=2), view=6))
     assert not views_told(effects, "exchange")
     effects = accepts(leader, 1.1, "n2")
     for actor in ("exchange", "training"):
         assert [(v.number, v.commit) for v in views_told(effects, actor)] == [(7, commit(0, epoch=2))]
     assert not facts(ViewAdopted, effects)  # the members are the same
     for late in (commit(0, epoch=2), commit(1, epoch=1)):
-        assert not sent(give(leader, 2.0, CommitReady(commit=late)), Propose)
+        assert not sent(give(leader, 2.0, CommitReady(commit=late, view=7)), Propose)
+
+
+def test_what_the_voters_of_one_view_hold_is_not_committed_on_top_of_another() -> None:
+    """Defect: after a voter was left out, means were committed of which the rest of the voters had too few."""
+    leader = leading("n1", "n2")
+    give(leader, 1.0, Weighed(weights={"n1": 7}))  # a view is under way
+    give(leader, 1.0, CommitReady(commit=commit(0, epoch=2), view=6))
+    assert not sent(accepts(leader, 1.1, "n2"), Propose)
+    assert not sent(give(leader, 1.2, CommitReady(commit=commit(0, epoch=2), view=6)), Propose)
+    assert sent(give(leader, 1.3, CommitReady(commit=commit(0, epoch=2), view=7)), Propose)
 
 
 def test_weights_go_into_the_next_view() -> None:

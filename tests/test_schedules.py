@@ -1,4 +1,7 @@
-"""Schedules that went wrong once: each is named for what it found, and made so that it would find it again."""
+"""Schedules that went wrong once, each named for what it found; the later ones sweep the moments at which it may come.
+
+What a seed does changes with the simulator; so what chance found is written down as a schedule of its own, too.
+"""
 
 from __future__ import annotations
 
@@ -140,3 +143,16 @@ def test_a_leader_lost_with_what_it_has_just_decided(kind: type[Message]) -> Non
             chaos.simulation.step()
         chaos.crash("n0")
         reach(chaos, newest_round(chaos) + 2, 40)
+
+
+def test_a_commit_that_was_ready_is_not_made_under_a_view_in_which_it_is_not() -> None:
+    """Those who hold the means are cut off one after the other, while the leader lacks one of them."""
+    for chunk_count in (2, 4):
+        for _, data in points(steady(4, settings=replace(STEADY, chunk_count=chunk_count)), every=5):
+            chaos = Chaos.restored(data)
+            for other in ("n1", "n2"):
+                chaos.simulation.cut("n0", other, both_ways=True)
+                chaos.simulation.run_for(0.05)
+            chaos.simulation.run_for(12.0)
+            chaos.simulation.heal()
+            reach(chaos, newest_round(chaos) + 2, 60)

@@ -283,10 +283,11 @@ class Coordinator:
 
     def _look_after(self, now: float, attempt: Attempt, out: list[Effect]) -> None:
         """Commit it if it can be, or see to it that it can become complete."""
+        assert self.view is not None
         if (commit := self._commit(attempt)) is not None:
             if commit != self.told:
                 self.told = commit
-                out.append(Tell(actor="membership", event=CommitReady(commit=commit)))
+                out.append(Tell(actor="membership", event=CommitReady(commit=commit, view=self.view.number)))
             return
         here = attempt.still_here(self.view)
         if not any(c in here for c in attempt.weights):

@@ -297,8 +297,7 @@ class Leadership:
         for member in [m for m in view.members if (m.id, m.incarnation) not in old]:
             out.append(Report(fact=MemberJoined(peer=member.id, name=member.name, view=view.number)))
         self.activating -= {m.id for m in view.active}
-        if view.commit == self.commit:
-            self.commit = None
+        self.commit = None  # if it is not in this view: its voters may be others than those that hold the means
 
     def _is_next(self, commit: Commit | None) -> bool:
         last = self.view.commit.round if self.view.commit else -1

@@ -181,8 +181,9 @@ class Membership:
                 self.inner_steps = steps
             case AskAgain():
                 self._on_ask_again(now, out)
-            case CommitReady(commit=commit):
-                if self.leadership is not None:
+            case CommitReady(commit=commit, view=number):
+                # What the voters of an earlier view hold, those of this one need not: it is said again if they do.
+                if self.leadership is not None and self.leadership.view.number == number:
                     self.leadership.commit = commit
                     self.leadership.go_on(now, out)
             case Weighed(weights=weights):

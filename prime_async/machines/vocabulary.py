@@ -82,9 +82,10 @@ class BallotStored(Struct, frozen=True, kw_only=True, tag="ballot_stored"):
 
 
 class CommitReady(Struct, frozen=True, kw_only=True, tag="commit_ready"):
-    """To membership of the leader: a quorum holds these means; make it a view's commit."""
+    """To membership of the leader: a quorum of the voters of view ``view`` holds these means; commit them next."""
 
     commit: Commit
+    view: int
 
 
 class Weighed(Struct, frozen=True, kw_only=True, tag="weighed"):
