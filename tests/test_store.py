@@ -117,3 +117,21 @@ async def test_the_outer_state_is_asked_of_whoever_reads_it() -> None:
 
     store.read_state = read
     assert await store.provide("n1", key("state", 5)) == chunk(5)
+
+
+async def test_that_a_contribution_is_used_is_told_once_a_round_and_before_the_peer_has_it() -> None:
+    store, told = ChunkStore(), list[int]()
+    store.on_taken = told.append
+    store.put(key("mean", 0), chunk())
+    await store.provide("n1", key("mean", 0))
+    async with waiting(store, key("contribution", 0, round=3), key("contribution", 1, round=3)) as gets:
+        store.put(key("contribution", 0, round=3), chunk())
+        assert store.find(key("contribution", 0, round=3)) == chunk()
+        assert told == []
+    assert [g.answer for g in gets] == [chunk(), None]
+    assert told == [3]
+    assert store.use(key("contribution", 0, round=3)) == chunk()
+    assert told == [3]
+    store.put(key("contribution", 0, round=4), chunk())
+    store.use(key("contribution", 0, round=4))
+    assert told == [3, 4]

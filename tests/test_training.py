@@ -13,6 +13,7 @@ from prime_async.machines.vocabulary import (
     AskAgain,
     Begin,
     ContributionFixed,
+    ContributionTaken,
     Effect,
     Encode,
     Encoded,
@@ -471,12 +472,23 @@ def test_told_to_halt_while_it_rests_it_answers_at_once() -> None:
         assert told(give(node, Halt()), "checkpoint") == [Halted()]
 
 
-def test_what_was_offered_to_a_round_whose_commit_was_missed_is_given_up() -> None:
+def test_what_others_took_of_a_round_whose_commit_was_missed_is_given_up() -> None:
     """Defect: it may have been counted there, and was contributed again."""
     node = exchanging()
-    give(node, Halt())
+    give(node, ContributionTaken(round=0), Halt())
     assert give(node, Begin(round=5)) == [Restore()]
     assert give(node, Restored()) == [RunSteps(round=5, steps=10)]
+
+
+def test_what_nobody_took_is_in_no_mean_and_is_contributed_again() -> None:
+    """Defect: it was given up, too: of the work that a minority lost in schedules, nine tenths had counted nowhere."""
+    node = exchanging()
+    give(node, Halt())
+    assert give(node, Begin(round=5)) == [Encode(round=5)]
+    effects = give(node, Encoded(round=5, finite=True))
+    assert told(effects, "exchange") == [ContributionFixed(round=5, weight=100)]
+    give(node, ContributionTaken(round=0), Halt())  # of the round before
+    assert give(node, Begin(round=6)) == [Encode(round=6)]
 
 
 def test_a_node_that_fell_behind_keeps_its_steps_and_tokens_and_does_the_rest() -> None:

@@ -115,7 +115,7 @@ class ExchangeActor:
         key = ChunkKey(kind="contribution", round=reduce.key.round, chunk=reduce.key.chunk)
         payloads = {}
         for peer in reduce.contributors:
-            chunk = self._store.find(key) if peer == self._transport.id else self._fetcher.take(peer, key)
+            chunk = self._store.use(key) if peer == self._transport.id else self._fetcher.take(peer, key)
             if chunk is not None:
                 payloads[peer] = chunk.payload
         return payloads

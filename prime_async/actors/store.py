@@ -22,7 +22,10 @@ class ChunkStore:
         self._chunks: dict[ChunkKey, Chunk] = {}
         self._waiting: dict[ChunkKey, trio.Event] = {}
         self._oldest = {"contribution": 0, "mean": 0}
+        self._taken = -1  # the newest round of which a contribution was used
         self.read_state: Callable[[ChunkKey], Awaitable[Chunk]] | None = None
+        self.on_taken: Callable[[int], None] | None = None
+        """Told the round when the first chunk of this node's contribution is about to be used, here or by a peer."""
 
     def put(self, key: ChunkKey, chunk: Chunk) -> None:
         """Hold ``chunk``, and answer who waits for it."""
@@ -36,6 +39,15 @@ class ChunkStore:
     def find(self, key: ChunkKey) -> Chunk | None:
         """The chunk, if it is here now."""
         return self._chunks.get(key)
+
+    def use(self, key: ChunkKey) -> Chunk | None:
+        """The chunk, if it is here now, for a mean or a peer."""
+        chunk = self._chunks.get(key)
+        if chunk is not None and key.kind == "contribution" and key.round > self._taken:
+            self._taken = key.round
+            if self.on_taken is not None:
+                self.on_taken(key.round)
+        return chunk
 
     def forget(self, means_before: int, contributions_before: int) -> None:
         """Drop the chunks of earlier rounds; who waits for one is told that it is gone."""
@@ -51,7 +63,7 @@ class ChunkStore:
             if self.read_state is None:
                 raise ChunkUnavailableError(f"{key} is not served here")
             return await self.read_state(key)
-        while (chunk := self._chunks.get(key)) is None:
+        while (chunk := self.use(key)) is None:
             if key.round < self._oldest[key.kind]:
                 raise ChunkUnavailableError(f"{key} is of a round that is over")
             await self._wait_for(key)

@@ -10,8 +10,8 @@ The rules (mode ``blocking``, as INTELLECT-1, arXiv 2412.01152):
 * Committed means are applied as soon as the tensors are free, also by a node that did not contribute. If they come
   while it steps, it stops for that, and then does what is left; if nothing is, it contributes at once.
 * A state that is fetched takes the local weights along (:meth:`Workload.import_state`): steps and tokens stay, too.
-  But a contribution that was offered to a round whose commit this node missed may have been counted there. It is given
-  up, since nothing may count twice.
+  But a contribution to a round whose commit this node missed, of which others took something, may have been counted
+  there. It is given up, since nothing may count twice.
 * If the inner steps end in NaN or infinity the node starts the round again from the outer weights, with fresh inner
   state; the third time in a row it fails, and says so.
 * Told to leave, it finishes the round, saves, and leaves; at once, it stops after the inner step that is under way.
@@ -34,6 +34,7 @@ from prime_async.machines.vocabulary import (
     Apply,
     Begin,
     ContributionFixed,
+    ContributionTaken,
     Effect,
     Encode,
     Encoded,
@@ -116,6 +117,7 @@ class Training:
     training_s: float = 0.0  # since the round before was applied
     encoded_at: float = 0.0
     offered: int = -1  # the round that our contribution, not known to be counted or not, was offered to
+    taken: int = -1  # the newest round of which some of our contribution was taken
     non_finite: int = 0
     means: MeansCommitted | None = None
 
@@ -139,6 +141,8 @@ class Training:
                 self._on_steps_done(now, event, out)
             case Encoded(finite=finite):
                 self._on_encoded(now, finite, out)
+            case ContributionTaken(round=round):
+                self.taken = round
             case MeansCommitted():
                 self._on_means(now, event, out)
             case Applied(round=round, digest=digest):
@@ -255,7 +259,7 @@ class Training:
         if self.begun:
             return
         self.begun = True
-        if 0 <= self.offered < round and self.phase in ("idle", "exchanging"):
+        if 0 <= self.offered < round and self.taken == self.offered and self.phase in ("idle", "exchanging"):
             self.work, self.offered, self.phase = Work(), -1, "restoring"
             out.append(Restore())
         else:

@@ -129,6 +129,15 @@ class ContributionFixed(Struct, frozen=True, kw_only=True, tag="contribution_fix
     weight: int
 
 
+class ContributionTaken(Struct, frozen=True, kw_only=True, tag="contribution_taken"):
+    """To training: some of this node's contribution to ``round`` was given to a peer, or reduced here.
+
+    Until then it can be in no mean.
+    """
+
+    round: int
+
+
 class MeansCommitted(Struct, frozen=True, kw_only=True, tag="means_committed"):
     """To training: the means of the round are committed, and all of them are here.
 
@@ -226,9 +235,9 @@ class Imported(Struct, frozen=True, kw_only=True, tag="imported"):
 
 Event: TypeAlias = (
     Tick | Heard | DoorClosed | Offended | Reached | BallotStored | StateAt | RunAt | ViewChanged | CommitReady
-    | Weighed | Progress | AskAgain | FetchState | Begin
-    | Halt | Halted | ContributionFixed | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone
-    | Encoded | Applied | Evaluated | Restored | Saved | ChunkImported | Imported
+    | Weighed | Progress | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed | ContributionTaken
+    | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Encoded
+    | Applied | Evaluated | Restored | Saved | ChunkImported | Imported
 )  # fmt: skip
 """Everything that can happen to a machine."""
 

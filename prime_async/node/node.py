@@ -45,6 +45,7 @@ from prime_async.machines.facts import (
 )
 from prime_async.machines.vocabulary import (
     ActorName,
+    ContributionTaken,
     DoorClosed,
     Effect,
     Event,
@@ -186,6 +187,7 @@ class Node:
         exchange = ExchangeActor(*common, runners["exchange"].post, runners["exchange"].retract)
         checkpoint = CheckpointActor(*common, runners["checkpoint"].post, runners["checkpoint"].retract)
         checkpoint.served_round = self._workload.round
+        self._store.on_taken = lambda round: self._post("training", ContributionTaken(round=round))
         self._state_is_whole = lambda: checkpoint.served_round is not None
 
         def serve_round(round: int | None) -> None:

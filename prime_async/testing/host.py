@@ -75,6 +75,7 @@ class SimNode:
 
     # the store
     chunks: dict[ChunkKey, ChunkInfo] = field(default_factory=dict)
+    taken: int = -1  # the newest round of which some of its contribution was used
     oldest: dict[str, int] = field(default_factory=lambda: {"contribution": 0, "mean": 0})
     held: dict[tuple[ActorName, str, ChunkKey], ChunkInfo] = field(default_factory=dict)
     waiting: dict[ChunkKey, list[Transfer]] = field(default_factory=dict)  # gets of others

@@ -8,6 +8,7 @@ from prime_async.machines.vocabulary import (
     ActorName,
     AdoptMean,
     CancelFetch,
+    ContributionTaken,
     Fetch,
     Fetched,
     FetchFailed,
@@ -52,7 +53,7 @@ class Store:
         for observer in self.observers:
             observer(node, key, info)
         for transfer in node.waiting.pop(key, ()):
-            self._answer(transfer, info)
+            self._answer(transfer, self._use(node, key))
 
     def adopt(self, node: SimNode, effect: AdoptMean) -> None:
         if effect.found not in node.chunks:
@@ -83,7 +84,7 @@ class Store:
         inputs: list[tuple[str, int, ChunkInfo]] = []
         left_out: list[str] = []
         for peer, weight in zip(effect.contributors, effect.weights, strict=True):
-            info = node.chunks.get(key) if peer == node.id else node.held.pop(("exchange", peer, key), None)
+            info = self._use(node, key) if peer == node.id else node.held.pop(("exchange", peer, key), None)
             if info is not None:
                 inputs.append((peer, weight, info))
             elif peer == node.id:
@@ -99,6 +100,14 @@ class Store:
         self.parts[info.digest] = tuple(i.digest for _, _, i in inputs)
         reduced = Reduced(key=effect.key, info=info, left_out=tuple(left_out))
         self.kernel.later(REDUCE_S, self.kernel.on, node, self._end_reduce, node, reduced)
+
+    def _use(self, node: SimNode, key: ChunkKey) -> ChunkInfo | None:
+        """A chunk that is here, for a mean or a peer."""
+        info = node.chunks.get(key)
+        if info is not None and key.kind == "contribution" and key.round > node.taken:
+            node.taken = key.round
+            self.kernel.post(node, "training", ContributionTaken(round=key.round))
+        return info
 
     def _end_reduce(self, node: SimNode, reduced: Reduced) -> None:
         if node.running:
@@ -191,8 +200,8 @@ class Store:
         if key.kind == "state":
             right = server.serves_state and server.state[0] == key.round
             self._answer(transfer, ChunkInfo(digest=server.state[1]) if right else None)
-        elif key in server.chunks:
-            self._answer(transfer, server.chunks[key])
+        elif (info := self._use(server, key)) is not None:
+            self._answer(transfer, info)
         elif key.round < server.oldest[key.kind]:
             self._answer(transfer, None)
         else:
