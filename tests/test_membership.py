@@ -534,7 +534,27 @@ def test_a_silent_member_is_removed_after_the_timeout_and_not_before() -> None:
     effects = give(leader, TIMEOUT_S + 0.001, Tick())
     assert ids(leader) == ["n0", "n2"]
     assert facts(MemberLost, effects) == [MemberLost(peer="n1", name="n1", silent_s=10.001, view=4)]
-    assert [p for p, _ in sent(effects, Propose)] == ["n2", "n1"]  # it may only seem silent
+    assert [p for p, _ in sent(effects, Propose)] == ["n1", "n2"]  # it may only seem silent
+
+
+def test_who_joins_is_shown_the_view_by_its_welcome_alone() -> None:
+    """Defect: it was proposed to, too, could make nothing of the change, and asked for the whole view once more."""
+    leader = leading("n1", "n2")
+    effects = hears(leader, 1.0, "n3", hello("n3"))
+    assert [p for p, _ in sent(effects, Propose)] == ["n1", "n2"]
+    effects = accepts(leader, 1.1, "n1")
+    assert [(p, m.view.number) for p, m in sent(effects, Welcome)] == [("n3", 7)]
+
+
+def test_a_late_hello_does_not_take_back_in_who_has_left() -> None:
+    """Defect: once the view without it was decided, it came back as a ghost until the timeout."""
+    leader = leader_with("n1")
+    hears(leader, 1.0, "n1", Goodbye(incarnation=1))
+    assert ids(leader) == ["n0"]
+    assert not hears(leader, 1.1, "n1", hello("n1"))
+    assert ids(leader) == ["n0"]
+    hears(leader, 1.2, "n1", hello("n1", incarnation=2))
+    assert ids(leader) == ["n0", "n1"]
 
 
 def test_the_leader_wakes_when_the_longest_silence_ends() -> None:

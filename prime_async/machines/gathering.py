@@ -55,9 +55,11 @@ class Gathering:
 
     def pump(self, now: float, out: list[Effect]) -> None:
         """Begin as much as the windows allow."""
-        for peer, queue in self.queue.items():
+        for peer, queue in list(self.queue.items()):
             while queue and self.under_way.get(peer, 0) < self.window:
                 self.begin(now, peer, queue.popleft(), out)
+            if not queue:
+                del self.queue[peer]  # of a thousand sources, few have anything left to ask for
 
     def begin(self, now: float, peer: str, key: ChunkKey, out: list[Effect]) -> None:
         if peer == self.me:  # there is nobody to ask

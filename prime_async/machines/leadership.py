@@ -113,12 +113,13 @@ class Leadership:
     peers: dict[str, Peer]  # all members but ourselves, and those that join
     reachable: dict[str, bool]  # of those that we dialled; kept by the membership machine
     proposal: View | None = None
+    message: Propose | None = None  # that says so
     stored_by: set[str] = field(default_factory=set)  # voters of ``view`` that have stored the proposal
-    again: bool = False  # the proposal is what an earlier leader proposed under the same number
     commit: Commit | None = None  # to be made the next view's
     weights: dict[str, int] = field(default_factory=dict)
     activating: set[str] = field(default_factory=set)
     welcome: set[str] = field(default_factory=set)  # joiners, not welcomed yet
+    left: dict[str, int] = field(default_factory=dict)  # who said goodbye, and as which incarnation
     leaving_since: float | None = None
     repeat_at: float = 0.0
     opened: bool = False  # the first view of this epoch was proposed
@@ -137,8 +138,9 @@ class Leadership:
             return  # a late copy of an earlier start's hello
         record = self.peers.get(peer)
         same = record is not None and record.member.incarnation == member.incarnation
-        if record is not None and same and record.gone and not record.silent_s:
-            return  # it has left; this is a late copy
+        cast_out = record is not None and same and record.gone and not record.silent_s
+        if cast_out or member.incarnation <= self.left.get(peer, -1):
+            return  # it has left, or was told to come as another; this is a late copy
         if record is None or not same or record.gone:
             if hello.view and (known is None or known.incarnation != member.incarnation):
                 self._tell_removed(peer, out)
@@ -198,12 +200,13 @@ class Leadership:
         waits = member is not None and not member.active
         if record.synced and waits and len(self.view.trainers) < self.settings.min_members:
             self.activating.add(peer)
-        if beat.epoch == self.epoch:
-            self.on_accepted(peer, beat.epoch, beat.view, (beat.incarnation,), out)
+        self.on_accepted(peer, beat.epoch, beat.view, (beat.incarnation,), out)
         if self.proposal is not None and (beat.epoch, beat.view) < (self.epoch, self.proposal.number):
             self._propose_to(peer, out)
         out.append(Send(peer=peer, message=HeartbeatAck(epoch=self.epoch, view=self.view.number)))
-        self.go_on(now, out)
+        votes_now = member is not None and not member.voter and self._may_vote(member, record)
+        if votes_now or peer in self.activating:
+            self.go_on(now, out)  # not with every heartbeat: it looks at all members
 
     def _cast_out(self, now: float, peer: str, beat: Heartbeat, ours: bytes, out: list[Effect]) -> None:
         fact = StateDiverged(peer=peer, round=beat.round, ours=ours.hex(), theirs=beat.state_digest.hex())
@@ -244,20 +247,22 @@ class Leadership:
         self.propose(view, out)
 
     def propose(self, view: View, out: list[Effect], *, again: bool = False) -> None:
-        self.proposal, self.stored_by, self.again = view, set(), again
-        asked = dict.fromkeys([*(m.id for m in view.members), *(m.id for m in self.view.members), self.me])
-        for peer in asked:
+        """To all members. Who is new in it cannot know what it changes, and is welcomed with the whole.
+
+        ``again``: an earlier leader proposed this view under the same number, and they may have it.
+        """
+        change = None
+        if not again:
+            commit = view.commit if view.commit != self.view.commit else None
+            change = change_between(self.view, view.members, view.epoch, view.leader, commit)
+        self.proposal, self.stored_by = view, set()
+        self.message = Propose(epoch=self.epoch, number=view.number, digest=view_digest(view), change=change)
+        for peer in dict.fromkeys([*(m.id for m in self.view.members), self.me]):
             self._propose_to(peer, out)
 
     def _propose_to(self, peer: str, out: list[Effect]) -> None:
-        view = self.proposal
-        assert view is not None
-        change = None
-        if not self.again:
-            commit = view.commit if view.commit != self.view.commit else None
-            change = change_between(self.view, view.members, view.epoch, view.leader, commit)
-        message = Propose(epoch=self.epoch, number=view.number, digest=view_digest(view), change=change)
-        out.append(Send(peer=peer, message=message))
+        assert self.message is not None
+        out.append(Send(peer=peer, message=self.message))
 
     def on_accepted(self, peer: str, epoch: int, number: int, incarnations: Collection[int], out: list[Effect]) -> bool:
         """Whether the proposal is decided with this."""
@@ -330,8 +335,13 @@ class Leadership:
         active = member.active or member.id in self.activating
         if active and record.began < 0:
             record.began = self.states.round
-        voter = member.voter or (member.active and record.synced and record.round > record.began)
+        voter = member.voter or self._may_vote(member, record)
         return replace(member, active=active, voter=voter, weight=weight)
+
+    @staticmethod
+    def _may_vote(member: Member, record: Peer) -> bool:
+        """It has completed a round."""
+        return member.active and record.synced and 0 <= record.began < record.round
 
     def _i_am_synced(self) -> bool:
         commit = self.view.commit
@@ -389,6 +399,7 @@ class Leadership:
         record = self.peers.get(peer)
         if record is not None and record.member.incarnation == goodbye.incarnation:
             record.gone = True
+            self.left[peer] = goodbye.incarnation
             if self.leaving_since is not None:
                 self.leaving_since = now
             self.go_on(now, out)

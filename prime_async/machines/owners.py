@@ -11,6 +11,7 @@ The rules:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -57,18 +58,22 @@ def chunk_owners(view: View, chunk_count: int) -> tuple[str, ...]:
     members = eligible(view)
     if not members:
         return ()
-    weights = [m.weight for m in members]
-    if not any(weights):
-        weights = [1] * len(members)
+    weights = tuple(m.weight for m in members)
+    turns = _round_robin(weights if any(weights) else (1,) * len(members), chunk_count)
+    return tuple(members[i].id for i in turns)
+
+
+@lru_cache(maxsize=4)  # every plan of a round asks for the same, several times
+def _round_robin(weights: tuple[int, ...], turns: int) -> tuple[int, ...]:
     total = sum(weights)
-    credit = [0] * len(members)
-    owners = []
-    for _ in range(chunk_count):
+    credit = [0] * len(weights)
+    chosen = []
+    for _ in range(turns):
         credit = [c + w for c, w in zip(credit, weights, strict=True)]
-        best = max(range(len(members)), key=lambda i: (credit[i], -i))
+        best = credit.index(max(credit))  # the first of several
         credit[best] -= total
-        owners.append(members[best].id)
-    return tuple(owners)
+        chosen.append(best)
+    return tuple(chosen)
 
 
 def _heirs(view: View, lost: set[str]) -> list[str]:
