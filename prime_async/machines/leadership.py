@@ -219,7 +219,9 @@ class Leadership:
     def on_state(self, now: float, out: list[Effect]) -> None:
         """Our outer state is a newer one: a round begins, and members that hold the state take part from here on."""
         near = self.states.round - 1  # whose means are still held by all
-        self.activating |= {p for p, known in self.peers.items() if known.synced and known.round >= near}
+        waiting = {m.id for m in self.view.members if not m.active}
+        synced = {p for p, known in self.peers.items() if known.synced and known.round >= near}
+        self.activating |= synced & waiting
         self.go_on(now, out)
 
     # --- views --------------------------------------------------------------------------------------------------
