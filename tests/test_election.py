@@ -289,7 +289,7 @@ def test_the_lost_leader_is_skipped_in_the_order() -> None:
     effects = ticks(node, 1, 12)
     assert [f.leader for f in facts(LeaderSilent, effects)] == ["n0"]
     assert sent(effects, PreVote)
-    assert node.alone_since == 11.0
+    assert node.standing.alone_since == 11.0
 
 
 def test_who_has_no_vote_or_cannot_be_dialled_does_not_stand() -> None:
@@ -322,9 +322,9 @@ def test_a_candidate_that_is_outvoted_tries_a_higher_epoch() -> None:
 def test_a_candidate_whose_leader_is_heard_again_gives_up() -> None:
     node = restarted("n1", V5_OF_3, incarnation=1)
     give(node, 1.0, Tick())
-    assert node.candidate is not None
+    assert node.standing.candidate is not None
     hears(node, 1.1, "n0", HeartbeatAck(epoch=1, view=5))
-    assert node.candidate is None
+    assert node.standing.candidate is None
     assert not sent(hears(node, 1.2, "n2", Support(epoch=2, incarnations=YES)), Prepare)
 
 

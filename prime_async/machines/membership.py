@@ -34,7 +34,7 @@ from blake3 import blake3
 from msgspec.structs import replace
 
 from prime_async.machines.acceptor import Acceptor
-from prime_async.machines.ballot import Ballot, entitled
+from prime_async.machines.ballot import Ballot
 from prime_async.machines.door import judge_hello, setting_differences
 from prime_async.machines.election import Candidate
 from prime_async.machines.facts import (
@@ -42,7 +42,6 @@ from prime_async.machines.facts import (
     Founded,
     HelloRefused,
     Joined,
-    KeyDenied,
     LeaderElected,
     LeaderSilent,
     PeerDropped,
@@ -52,13 +51,14 @@ from prime_async.machines.facts import (
     StillAsking,
     ViewAdopted,
 )
-from prime_async.machines.leadership import ContactPoint, Leadership, MembershipSettings, OuterStates, Peer, may_lead
+from prime_async.machines.leadership import ContactPoint, Leadership, MembershipSettings, OuterStates, Peer
+from prime_async.machines.seeking import Seeking
+from prime_async.machines.standing import Standing
 from prime_async.machines.vocabulary import (
     AskAgain,
     BallotStored,
     CommitReady,
     ConnectMembers,
-    Dial,
     DoorClosed,
     Effect,
     Event,
@@ -80,7 +80,6 @@ from prime_async.machines.vocabulary import (
     Weighed,
 )
 from prime_async.messages import (
-    PROTOCOL_VERSION,
     Accepted,
     AskView,
     Goodbye,
@@ -104,10 +103,6 @@ from prime_async.messages import (
 
 MAX_GOODBYES = 3
 VIEWS_KEPT = 32
-ASKED_IN_TURN = 3
-"""Members that one who has lost its leader asks in a heartbeat's time: all of them would be a storm."""
-GRACE_HEARTBEATS = 1.25
-"""So long after a quorum supports it a candidate waits for those whose leader was silent a little less long."""
 
 __all__ = ["ContactPoint", "Membership", "MembershipSettings", "setting_differences"]
 
@@ -123,7 +118,8 @@ class Membership:
     acceptor: Acceptor = field(init=False)
     states: OuterStates = field(default_factory=OuterStates)
     leadership: Leadership | None = None
-    candidate: Candidate | None = None
+    standing: Standing = field(init=False)
+    seeking: Seeking = field(init=False)
     announced: tuple[int, tuple[Member, ...]] = (0, ())
     views: dict[int, tuple[int, View]] = field(default_factory=dict)  # number -> epoch, view: newest decided ones
     incarnation: int = 0
@@ -131,16 +127,9 @@ class Membership:
     inner_steps: int = 0
     leader: str = ""  # whom we follow
     leader_heard_at: float = 0.0
-    lost: str = ""  # the leader that we lost
-    alone_since: float = 0.0  # when we lost it, or began to ask
-    hold_back_until: float = 0.0  # another candidate has our promise
-    highest_epoch: int = 0  # that we have heard of
     heard: dict[str, float] = field(default_factory=dict)  # peer -> when
     act_at: float = 0.0  # when the next hello, heartbeat or goodbye is due
-    asks: int = 0
     reported_at: float = 0.0
-    redirected_to: ContactPoint | None = None
-    denied: set[str] = field(default_factory=set)
     reachable: dict[str, bool] = field(default_factory=dict)
     goodbyes: int = 0
     farewell: tuple[str, ...] = ()  # whom a goodbye goes to
@@ -150,7 +139,10 @@ class Membership:
     def __post_init__(self) -> None:
         self.incarnation = self.settings.me.incarnation
         stored = self.settings.ballot or Ballot(incarnations=())
-        self.acceptor = Acceptor(self.settings.me.id, stored.known_as(self.incarnation))
+        me = self.settings.me.id
+        self.acceptor = Acceptor(me, stored.known_as(self.incarnation))
+        self.standing = Standing(me, self.settings.heartbeat_s, self.acceptor)
+        self.seeking = Seeking(self.settings)
 
     # --- the one way in -----------------------------------------------------------------------------------------
 
@@ -280,8 +272,8 @@ class Membership:
         """``peer`` leads, and was heard."""
         if self.role == "leader":
             return
-        self.leader, self.leader_heard_at, self.candidate = peer, now, None
-        self.highest_epoch = max(self.highest_epoch, epoch)
+        self.leader, self.leader_heard_at = peer, now
+        self.standing.end(epoch)
         if self.role == "asking" and self.in_view and self.welcomed_as == self.incarnation:
             self.role, self.act_at = "member", now
 
@@ -349,49 +341,20 @@ class Membership:
 
     def _ask_from_now(self, now: float, out: list[Effect]) -> None:
         """There is no leader that we hear, or we are no member."""
-        self.role, self.lost, self.leader, self.candidate = "asking", self.leader, "", None
-        self.alone_since = self.reported_at = now
+        self.standing.begin(now, self.leader)
+        self.role, self.leader, self.reported_at = "asking", "", now
         self._ask(now, out)
 
     def _ask(self, now: float, out: list[Effect]) -> None:
         self.act_at = now + self.settings.heartbeat_s
-        for point in self._whom_to_ask():
-            self._ask_one(point, out)
-        self.asks += 1
+        self.seeking.ask(self._hello, self.acceptor.ballot, self.leader, out)
 
-    def _ask_one(self, point: ContactPoint, out: list[Effect]) -> None:
-        stored = self.acceptor.ballot.view
-        hello = Hello(
-            protocol=PROTOCOL_VERSION,
-            run_id=self.settings.run_id,
-            settings=self.settings.settings,
-            member=self.me,
-            lineage=stored.lineage if stored else b"",
-            view=self.in_view,
-        )
-        out.append(Dial(peer=point.id, control=point.control))
-        out.append(Send(peer=point.id, message=hello))
-
-    def _members_to_ask(self) -> list[ContactPoint]:
-        stored = self.acceptor.ballot.view
-        members = stored.members if stored else ()
-        return [ContactPoint(id=m.id, control=m.control) for m in members if m.id != self.settings.me.id]
-
-    def _whom_to_ask(self) -> list[ContactPoint]:
-        """The contacts, the leader as far as we know, and some of the members, in turn."""
-        points = {p.id: p for p in self.settings.contacts}
-        members = self._members_to_ask()
-        for k in range(min(ASKED_IN_TURN, len(members))):
-            point = members[(self.asks * ASKED_IN_TURN + k) % len(members)]
-            points[point.id] = point
-        points |= {p.id: p for p in members if p.id == self.leader}
-        if self.redirected_to is not None:
-            points[self.redirected_to.id] = self.redirected_to
-        return [p for p in points.values() if p.id != self.settings.me.id]
+    @property
+    def _hello(self) -> Hello:
+        return self.seeking.hello(self.me, self.acceptor.ballot, self.in_view)
 
     def _asked(self, peer: str) -> bool:
-        known = {p.id for p in (*self.settings.contacts, *self._members_to_ask())}
-        return peer in known or (self.redirected_to is not None and peer == self.redirected_to.id)
+        return self.seeking.was_asked(self.acceptor.ballot, peer)
 
     def _on_welcome(self, now: float, peer: str, welcome: Welcome, out: list[Effect]) -> None:
         view = welcome.view
@@ -411,7 +374,7 @@ class Membership:
         self.in_view = self.in_view or view.number
         self._follow(now, peer, welcome.epoch)
         if newly:
-            self.hold_back_until = 0.0
+            self.standing.hold_back_until = 0.0
             out.append(Report(fact=Joined(leader=peer, view=view.number, round=welcome.round)))
         at = RunAt(round=welcome.round, digest=welcome.state_digest, provider=welcome.provider)
         last = view.commit.round if view.commit else -1
@@ -432,15 +395,6 @@ class Membership:
         )
         self._end(Fail(kind="refused", text=text, reason="other_lineage"), out)
 
-    def _on_redirect(self, peer: str, redirect: Redirect, out: list[Effect]) -> None:
-        """Whom it names is asked at once, and it alone: members that name different leaders must not echo."""
-        if not self._asked(peer) or redirect.leader == self.settings.me.id:
-            return
-        moved = self.redirected_to is None or self.redirected_to.id != redirect.leader
-        self.redirected_to = ContactPoint(id=redirect.leader, control=redirect.control)
-        if moved:
-            self._ask_one(self.redirected_to, out)
-
     def _on_refuse(self, now: float, peer: str, refusal: Refuse, out: list[Effect]) -> None:
         if refusal.reason in ("not_a_member", "diverged"):
             waits = self.role == "asking" and self._asked(peer)
@@ -460,16 +414,10 @@ class Membership:
         self._ask_from_now(now, out)
 
     def _on_door_closed(self, peer: str, address: str, out: list[Effect]) -> None:
-        if peer not in self.denied:
-            self.denied.add(peer)
-            out.append(Report(fact=KeyDenied(peer=peer, address=address)))
-        contacts = {p.id for p in self.settings.contacts}
-        if self.role == "asking" and contacts <= self.denied and self.acceptor.ballot.view is None:
-            text = (
-                f"{address} does not allow this node's key {self.settings.me.id}: "
-                "ask the operator there to add it to node.allow, or to the file that node.allow_file names"
-            )
-            self._end(Fail(kind="refused", text=text, reason="key_not_allowed"), out)
+        self.seeking.on_door_closed(peer, address, out)
+        fail = self.seeking.shut_out(self.acceptor.ballot, address)
+        if fail is not None and self.role == "asking":
+            self._end(fail, out)
 
     # --- messages -----------------------------------------------------------------------------------------------
 
@@ -487,8 +435,8 @@ class Membership:
                 self._on_hello(now, peer, message, out)
             case Welcome() if self.role in ("asking", "member"):
                 self._on_welcome(now, peer, message, out)
-            case Redirect() if self.role == "asking":
-                self._on_redirect(peer, message, out)
+            case Redirect() if self.role == "asking" and self._asked(peer):
+                self.seeking.on_redirect(message, self._hello, out)
             case Refuse():
                 self._on_refuse(now, peer, message, out)
             case Heartbeat() if self.leadership is not None:
@@ -588,31 +536,20 @@ class Membership:
                 if not own and self._hears_leader(peer):
                     self._point_out_leader(peer, out)
                     return
-                self._give_way(now, peer)
+                self.standing.give_way(now, peer)
                 if epoch <= ballot.promised:
                     out.append(Send(peer=peer, message=Outvoted(epoch=ballot.promised)))
                 else:
                     out.append(Send(peer=peer, message=Support(epoch=epoch, incarnations=ballot.incarnations)))
             case Prepare(epoch=epoch):
                 self._on_prepare(now, peer, message, out)
-            case Support() if self.candidate is not None:
-                self.candidate.on_support(now, peer, message, out)
-            case Promise() if self.candidate is not None:
-                self.candidate.on_promise(peer, message, out)
+            case Support() | Promise():
+                self.standing.hears_answer(now, peer, message, out)
                 self._lead_if_won(now, out)
             case Outvoted(epoch=epoch):
                 self._on_outvoted(now, epoch, out)
             case _:
                 pass  # a late or repeated answer
-
-    def _give_way(self, now: float, peer: str) -> None:
-        """To a longer-standing candidate: two that split the promises between them would both fail."""
-        view = self.acceptor.ballot.view
-        order = [m.id for m in view.members if may_lead(m)] if view else []
-        me = self.settings.me.id
-        if peer in order and (me not in order or order.index(peer) < order.index(me)):
-            self.candidate = None
-            self.hold_back_until = max(self.hold_back_until, now + 1.5 * self.settings.heartbeat_s)
 
     def _point_out_leader(self, peer: str, out: list[Effect]) -> None:
         if self.leadership is not None:
@@ -631,75 +568,52 @@ class Membership:
             out.append(Send(peer=peer, message=Outvoted(epoch=ballot.promised)))
             return
         if not own:
-            self.candidate = None
-            self.hold_back_until = now + 2 * self.settings.heartbeat_s
+            self.standing.promised(now)
         blank = Promise(
             epoch=0, decided=0, number=0, accepted_epoch=0, member=self.me, incarnations=ballot.incarnations
         )
         self.acceptor.promise(peer, prepare, blank, out)
 
     def _on_outvoted(self, now: float, epoch: int, out: list[Effect]) -> None:
-        self.highest_epoch = max(self.highest_epoch, epoch)
+        self.standing.outvoted(epoch)
         # The same epoch: that member has promised it to another candidate, and cannot follow us in it.
         if self.leadership is not None and epoch >= self.leadership.epoch:
             self._step_down(now, f"a member has promised epoch {epoch}", out)
-        elif self.candidate is not None and epoch >= self.candidate.epoch:
-            self.candidate = None
 
-    def _may_stand(self) -> bool:
-        ballot = self.acceptor.ballot
-        view = ballot.view
-        mine = view.member(self.settings.me.id) if view else None
-        if view is None or mine is None or not may_lead(mine):
-            return False
-        return entitled(view, mine.id, ballot.incarnations)
-
-    def _my_turn_at(self) -> float:
-        """The longest-standing member that may lead stands first."""
-        view = self.acceptor.ballot.view
-        order = [m.id for m in view.members if may_lead(m) and m.id != self.lost] if view else []
-        rank = order.index(self.settings.me.id) if self.settings.me.id in order else 0
-        return max(self.alone_since + rank * self.settings.heartbeat_s, self.hold_back_until)
-
-    def _stand(self, now: float, out: list[Effect]) -> None:
-        if not self._may_stand() or now < self._my_turn_at():
-            return
-        if self.candidate is None:
-            ballot = self.acceptor.ballot
-            epoch = max(ballot.promised, self.highest_epoch) + 1
-            self.candidate = Candidate(self.settings.me.id, ballot, epoch, self.lost, began_at=now)
-        elif self.candidate.preparing and now > self.candidate.began_at + 4 * self.settings.heartbeat_s:
-            self.highest_epoch, self.candidate = self.candidate.epoch, None  # its promises went to another
-            return
-        self.candidate.ask(out)
+    def _try_to_lead(self, now: float, out: list[Effect]) -> None:
+        self.standing.stand(now, out)
         self._lead_if_won(now, out)
 
     def _lead_if_won(self, now: float, out: list[Effect]) -> None:
-        candidate = self.candidate
-        if candidate is None or not candidate.won(now, GRACE_HEARTBEATS * self.settings.heartbeat_s):
+        candidate = self.standing.winner(now)
+        if candidate is None:
             return
         view, before, decided = candidate.newest()
-        peers = {p: Peer(heard_at=now, member=m.member, incarnations=m.incarnations)
-                 for p, m in sorted(candidate.promises.items()) if p != self.settings.me.id}  # fmt: skip
-        silent = [m for m in view.members if m.id not in candidate.promises]
-        for member in silent:
-            silent_s = max(0.001, now - self.heard.get(member.id, self.alone_since))
-            peers[member.id] = Peer(heard_at=now, member=member, gone=True, silent_s=silent_s)
         base = view if decided or before is None else before
-        self.role, self.leader, self.candidate = "leader", self.settings.me.id, None
-        fact = LeaderElected(
-            epoch=candidate.epoch, seconds=round(now - self.alone_since, 3), silent=tuple(m.name for m in silent)
-        )
-        out.append(Report(fact=fact))
+        peers, silent = self._answers_to(candidate, view, now)
+        self.role, self.leader = "leader", self.settings.me.id
+        seconds = round(now - self.standing.alone_since, 3)
+        out.append(Report(fact=LeaderElected(epoch=candidate.epoch, seconds=seconds, silent=silent)))
         self.leadership = Leadership(self.settings, self.me, self.states, candidate.epoch, base, peers, self.reachable)
+        self.acceptor.learn(self.settings.me.id, candidate.epoch, base, out)
         if base is view:
-            self.acceptor.learn(self.settings.me.id, candidate.epoch, view, out)
             self._go_by_decided(now, out)
             self.leadership.go_on(now, out)
         else:
-            self.acceptor.learn(self.settings.me.id, candidate.epoch, base, out)
             self.leadership.propose(view, out, again=True)
         self._on_ask_again(now, out)
+
+    def _answers_to(self, candidate: Candidate, view: View, now: float) -> tuple[dict[str, Peer], tuple[str, ...]]:
+        """The members of ``view`` as the new leader knows them, and the names of those that are silent."""
+        peers = {}
+        for peer, promise in sorted(candidate.promises.items()):
+            if peer != self.settings.me.id:
+                peers[peer] = Peer(heard_at=now, member=promise.member, incarnations=promise.incarnations)
+        silent = [m for m in view.members if m.id not in candidate.promises]
+        for member in silent:
+            silent_s = max(0.001, now - self.heard.get(member.id, self.standing.alone_since))
+            peers[member.id] = Peer(heard_at=now, member=member, gone=True, silent_s=silent_s)
+        return peers, tuple(m.name for m in silent)
 
     def _step_down(self, now: float, reason: str, out: list[Effect]) -> None:
         assert self.leadership is not None
@@ -709,8 +623,8 @@ class Membership:
         if leaving:
             self._end(Finish(), out)
             return
+        self.leader = ""  # it was ourselves
         self._ask_from_now(now, out)
-        self.lost = ""  # it was ourselves
 
     # --- time ---------------------------------------------------------------------------------------------------
 
@@ -723,7 +637,7 @@ class Membership:
             if silent_s > self.settings.failure_timeout_s:
                 out.append(Report(fact=LeaderSilent(leader=self.leader, silent_s=round(silent_s, 3))))
                 self._ask_from_now(now, out)
-                self._stand(now, out)
+                self._try_to_lead(now, out)
             elif now >= self.act_at:
                 self._heartbeat(now, out)
         elif self.role == "leaving":
@@ -735,16 +649,16 @@ class Membership:
     def _on_asking_tick(self, now: float, out: list[Effect]) -> None:
         if now >= self.act_at:
             self._ask(now, out)
-        self._stand(now, out)
+        self._try_to_lead(now, out)
         if self.role == "asking" and now - self.reported_at >= self.settings.failure_timeout_s:
             self.reported_at = now
             self._say_still_asking(now, out)
 
     def _say_still_asking(self, now: float, out: list[Effect]) -> None:
-        seconds = round(now - self.alone_since, 1)
+        seconds = round(now - self.standing.alone_since, 1)
         view = self.acceptor.ballot.view
         if view is None or not view.voters:
-            asked = tuple(p.control for p in self._whom_to_ask())
+            asked = tuple(p.control for p in self.seeking.whom(self.acceptor.ballot, self.leader))
             out.append(Report(fact=StillAsking(contacts=asked, seconds=seconds)))
             return
         recent = now - self.settings.failure_timeout_s
@@ -768,7 +682,7 @@ class Membership:
         if late <= self.settings.heartbeat_s:
             return
         self.leader_heard_at += late
-        self.hold_back_until += late
+        self.standing.hold_back_until += late
         out.append(Report(fact=SlowWake(seconds=round(late, 3))))
         if self.leadership is not None:
             self.leadership.forgive(late)
@@ -791,7 +705,8 @@ class Membership:
     def _schedule(self, now: float, out: list[Effect]) -> None:
         """One wake-up is always asked for: the earliest time at which something may have to be done."""
         if self.role == "asking":
-            at = min(self.act_at, self._next_try_at(now)) if self._may_stand() else self.act_at
+            may_stand = self.standing.may_stand
+            at = min(self.act_at, self.standing.next_try_at(now)) if may_stand else self.act_at
         elif self.role == "member":
             at = min(self.act_at, self.leader_heard_at + self.settings.failure_timeout_s + 0.001)
         elif self.role == "leaving":
@@ -807,10 +722,6 @@ class Membership:
             return
         self.wake_at = at
         out.append(WakeAt(at=at))
-
-    def _next_try_at(self, now: float) -> float:
-        turn = self._my_turn_at()
-        return turn if turn > now else now + self.settings.heartbeat_s / 4
 
     # --- the end ------------------------------------------------------------------------------------------------
 
