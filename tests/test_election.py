@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from msgspec.structs import replace
 
 from prime_async.machines.ballot import Ballot, apply_change, change_between, view_digest
@@ -244,6 +247,25 @@ def test_a_leader_of_an_epoch_that_is_over_is_told_so_and_not_followed() -> None
     assert sent(effects, Outvoted) == [("n0", Outvoted(epoch=4))]
     assert not sent(effects, Accepted)
     assert node.role == "asking"
+
+
+@pytest.mark.parametrize("kind", [PreVote, Prepare, Outvoted, Propose, HeartbeatAck])
+def test_an_epoch_that_cannot_be_is_a_lie_and_uses_up_no_numbers(kind: type) -> None:
+    """Defect: whoever was outvoted with the highest number there is stood with one more, which nobody can read."""
+    fields: dict[type, dict[str, Any]] = {
+        PreVote: {"view": 6},
+        Prepare: {"number": 6, "accepted_epoch": 2},
+        Outvoted: {},
+        Propose: {"number": 7, "digest": bytes(32)},
+        HeartbeatAck: {"view": 7},
+    }
+    most = 2**63 - 1
+    for node in (leading("n1", "n2"), restarted("n2", V5_OF_3)):
+        before = node.acceptor.ballot
+        hears(node, 12.0, "n1", kind(epoch=most, **fields[kind]))
+        assert node.acceptor.ballot == before
+        effects = ticks(node, 13, 40)
+        assert max([m.epoch for _, m in sent(effects, PreVote)], default=0) < 100
 
 
 def test_who_is_in_no_view_of_ours_cannot_stand() -> None:

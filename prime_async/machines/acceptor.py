@@ -21,6 +21,9 @@ from prime_async.machines.ballot import Ballot, apply_change, view_digest
 from prime_async.machines.vocabulary import Effect, Send, StoreBallot
 from prime_async.messages import Accepted, AskView, Prepare, Promise, Propose, View, ViewUpdate
 
+MAX_EPOCH_STEP = 2**20
+"""A node misses fewer elections than that. A higher epoch is a lie, and would use the numbers up."""
+
 
 @dataclass(slots=True)
 class Acceptor:
@@ -84,9 +87,15 @@ class Acceptor:
         promised = replace(ballot, promised=prepare.epoch, promised_to=peer)
         self.store(promised, out, [Send(peer=peer, message=answer)])
 
+    def is_credible(self, epoch: int) -> bool:
+        """Whether there can be such an epoch."""
+        return epoch <= self.ballot.promised + MAX_EPOCH_STEP
+
     def takes_part_in(self, epoch: int, leader: str) -> bool:
         """Whether a leader of this epoch is to be followed: no two lead the same one."""
         ballot = self.ballot
+        if not self.is_credible(epoch):
+            return False
         return epoch > ballot.promised or (epoch == ballot.promised and ballot.promised_to in ("", leader))
 
     # --- views --------------------------------------------------------------------------------------------------

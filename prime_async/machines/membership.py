@@ -530,6 +530,9 @@ class Membership:
     def _on_election(self, now: float, peer: str, message: Message, out: list[Effect]) -> None:
         if not self._knows(peer) or self.role == "starting":
             return
+        asked_for = message.epoch if isinstance(message, PreVote | Prepare | Outvoted) else 0
+        if not self.acceptor.is_credible(asked_for):
+            return
         ballot, own = self.acceptor.ballot, peer == self.settings.me.id
         match message:
             case PreVote(epoch=epoch):
