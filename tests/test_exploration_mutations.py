@@ -39,7 +39,7 @@ from prime_async.testing import properties_of_rounds as rounds
 from prime_async.testing import properties_of_views as views
 from prime_async.testing.properties import BrokenPropertyError
 from prime_async.testing.schedules import Chaos, run_schedule
-from tests.simulation_harness import points, steady
+from tests.simulation_harness import TIMEOUT_S, points, steady
 from tests.test_exploration import run_kind
 
 Run = Callable[[], object]
@@ -65,6 +65,44 @@ def crashes(victims: tuple[str, ...] = ("n3",), every: int = 6, nodes: int = 4, 
         for _, data in points(steady(nodes), every=every)
         for victim in victims
     ]
+
+
+def answers_on_the_way() -> list[Run]:
+    """An owner is cut off until others make its chunks; then what it had sent arrives, at all moments around that."""
+
+    def run(data: bytes, seconds: float) -> None:
+        chaos = Chaos.restored(data)
+        for other in ("n0", "n1", "n2"):
+            chaos.simulation.cut("n3", other, both_ways=True)
+        chaos.simulation.run_for(seconds)
+        chaos.simulation.heal()
+        chaos.simulation.run_for(3.0)
+
+    return [
+        lambda data=data, tenths=tenths: run(data, TIMEOUT_S - 0.5 + tenths / 10)  # type: ignore[misc]
+        for _, data in points(steady(4), every=10)
+        for tenths in range(30)
+    ]
+
+
+def two_candidates() -> list[Run]:
+    """The first in the order is heard of late, and never by the second: both ask for promises at the same time."""
+
+    def run(seconds: float) -> None:
+        chaos = steady(5)
+        simulation = chaos.simulation
+        view = chaos.properties.newest
+        assert view is not None
+        leader, first, second, *rest = (m.id for m in view.members)
+        simulation.crash(leader)
+        for other in (second, *rest):
+            simulation.cut(first, other, both_ways=True)
+        simulation.run_for(seconds)
+        simulation.heal()
+        simulation.cut(first, second, both_ways=True)
+        simulation.run_for(20.0)
+
+    return [lambda k=k: run(TIMEOUT_S - 1 + k / 20) for k in range(60)]  # type: ignore[misc]
 
 
 def schedules(count: int = 150) -> list[Run]:
@@ -103,7 +141,7 @@ def test_taking_late_bytes_after_an_answer_to_an_ask_is_caught(monkeypatch: pyte
         out[:] = [e for e in out if not (isinstance(e, CancelFetch) and e.key.kind == "mean")]
 
     monkeypatch.setattr(Fetches, "cancel", lazy)
-    is_caught_by(rounds.REFUSED, *kinds("split and crash"), *kinds("islands"), *schedules(600))
+    is_caught_by(rounds.REFUSED, *answers_on_the_way())
 
 
 def test_making_all_chunks_again_when_one_owner_is_lost_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +193,8 @@ def test_applying_before_the_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -
             return
         self.hand_over.done = True
         exceptions = tuple(attempt.key(c) for c, n in attempt.numbers.items() if n != attempt.number)
-        number = {"epoch": attempt.plan.epoch, "attempt": attempt.plan.attempt}
-        out.append(Settle(round=attempt.round, exceptions=exceptions, **number))
+        epoch, number = attempt.number
+        out.append(Settle(round=attempt.round, epoch=epoch, attempt=number, exceptions=exceptions))
         place = attempt.members.index(self.settings.me) if self.settings.me in attempt.weights else -1
         out.append(Tell(actor="training", event=MeansCommitted(round=attempt.round, position=place)))
 
@@ -261,7 +299,7 @@ def test_promising_one_epoch_to_two_candidates_is_caught(monkeypatch: pytest.Mon
             self.acceptor.ballot = ballot
 
     monkeypatch.setattr(Membership, "_on_prepare", generous)
-    is_caught_by(f"({views.ONE_PROMISE}|{views.ONE_LEADER})", *kinds("islands"), *kinds("one"), *schedules())
+    is_caught_by(f"({views.ONE_PROMISE}|{views.ONE_LEADER})", *two_candidates())
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
@@ -293,5 +331,6 @@ def test_a_leader_that_commits_nothing_is_caught(monkeypatch: pytest.MonkeyPatch
 
 
 def test_without_a_broken_rule_the_same_runs_break_nothing() -> None:
-    for run in (*crashes(every=20), *kinds("islands", 5)):
+    late = answers_on_the_way()[::25]
+    for run in (*crashes(every=20), *kinds("islands", 5), *late, *two_candidates()[::3]):
         run()
