@@ -124,6 +124,17 @@ def test_whatever_goes_wrong_ends_in_asking_where_the_run_is_now() -> None:
         assert {f.peer for f in of(Fetch, failed(node, 9) + came(node, 0, 8) + imported(node, 0, 8))} == {"n2"}
 
 
+def test_who_gets_nothing_twice_in_a_row_pauses_before_it_asks_again() -> None:
+    """Defect: while its provider applied a round, a joiner asked the leader a hundred times a second."""
+    node, _ = fetching()
+    assert told(failed(node, 0), "membership") == [AskAgain()]
+    node.handle(3.0, run_at())
+    effects = failed(node, 0)
+    assert not told(effects, "membership")
+    assert of(WakeAt, effects) == [WakeAt(at=3.25)]
+    assert told(node.handle(3.25, Tick()), "membership") == [AskAgain()]
+
+
 def test_what_came_of_a_state_stays_when_another_provider_takes_over() -> None:
     node, _ = fetching(chunks=4)
     came(node, 0)

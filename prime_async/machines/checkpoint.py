@@ -6,8 +6,9 @@ The rules:
   halted, the state's chunks are fetched from the provider, a few at a time, and put in their places.
 * From the first chunk that is put in its place until all are, the outer state is nobody's: no other state is "ours".
 * The outcome is compared with the digest that the leader named. Whatever goes wrong (the provider, which can be any
-  member, moved on to the next round, left, or sent something else) ends in asking the leader anew. If the state is
-  still the same, what came of it stays, unless its digest was another.
+  member, moved on to the next round, left, or sent something else) ends in asking the leader anew: at once, and if
+  nothing came before it went wrong again, after a pause. A provider that applies a round has no state to give. If the
+  state is still the same, what came of it stays, unless its digest was another.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Checkpoint:
     placed: set[int] = field(default_factory=set)  # chunks of ``placed_of`` that are in their places
     placed_of: tuple[int, bytes] | None = None
     halted: bool = False
+    in_vain: bool = False  # since the last failure nothing came
     started_at: float = 0.0
 
     def handle(self, now: float, event: Event) -> list[Effect]:
@@ -86,9 +88,10 @@ class Checkpoint:
             case ChunkImported(key=key) if self._wanted(key):
                 self.under_way.discard(key.chunk)
                 self.placed.add(key.chunk)
+                self.in_vain = False
                 self._pump(out)
             case FetchFailed(key=key) if self._wanted(key):
-                self._ask_again(now, out)
+                self._on_failed(now, out)
             case Imported(round=round, digest=digest) if self._is_target(round):
                 self._on_imported(now, round, digest, out)
             case Tick() if self.phase == "asking":
@@ -172,10 +175,21 @@ class Checkpoint:
         assert self.own is not None
         out.append(Tell(actor="training", event=Begin(round=self.own[0])))
 
-    def _ask_again(self, now: float, out: list[Effect]) -> None:
+    def _on_failed(self, now: float, out: list[Effect]) -> None:
+        if self.in_vain:
+            self._give_up(out)
+            out.append(WakeAt(at=now + self.settings.ask_again_s / 4))
+        else:
+            self.in_vain = True
+            self._ask_again(now, out)
+
+    def _give_up(self, out: list[Effect]) -> None:
         if self.under_way:
             out.append(CancelFetches())
         self.under_way, self.waiting = set(), []
         self.phase, self.target = "asking", None
+
+    def _ask_again(self, now: float, out: list[Effect]) -> None:
+        self._give_up(out)
         out.append(Tell(actor="membership", event=AskAgain()))
         out.append(WakeAt(at=now + self.settings.ask_again_s))
