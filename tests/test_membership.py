@@ -537,6 +537,18 @@ def test_a_silent_member_is_removed_after_the_timeout_and_not_before() -> None:
     assert [p for p, _ in sent(effects, Propose)] == ["n1", "n2"]  # it may only seem silent
 
 
+def test_a_joiner_that_is_ahead_of_the_leader_for_a_moment_is_activated_all_the_same() -> None:
+    """Defect: it had nothing to do but to apply the round, was there first, round after round, and was passed over."""
+    leader = leader_with("n1", "n2")
+    hears(leader, 0.5, "j0", hello("j0"))
+    accepts(leader, 0.6, "n1", "n2")
+    hears(leader, 1.0, "j0", beat(round=1, digest=D1))
+    assert "j0" not in active(leader)
+    give(leader, 1.1, StateAt(round=1, digest=D1))
+    accepts(leader, 1.2, "n1", "n2")
+    assert "j0" in active(leader)
+
+
 def test_who_joins_is_shown_the_view_by_its_welcome_alone() -> None:
     """Defect: it was proposed to, too, could make nothing of the change, and asked for the whole view once more."""
     leader = leading("n1", "n2")

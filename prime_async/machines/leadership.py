@@ -92,8 +92,7 @@ class Peer:
 
     heard_at: float
     member: Member
-    synced: bool = False  # its heartbeat showed the run's outer state
-    round: int = -1
+    round: int = -1  # of its outer state, as of its last heartbeat
     digest: bytes = b""
     began: int = -1  # the round at whose start it became active, as far as this leader knows
     incarnations: tuple[int, ...] = ()  # those that it can prove, from its promise
@@ -196,9 +195,8 @@ class Leadership:
         if member is not None and member.active and ours is not None and ours != beat.state_digest:
             self._cast_out(now, peer, beat, ours, out)
             return
-        record.synced = ours == beat.state_digest and beat.round >= self.states.round - 1
         waits = member is not None and not member.active
-        if record.synced and waits and len(self.view.trainers) < self.settings.min_members:
+        if self._is_synced(record) and waits and len(self.view.trainers) < self.settings.min_members:
             self.activating.add(peer)
         self.on_accepted(peer, beat.epoch, beat.view, (beat.incarnation,), out)
         if self.proposal is not None and (beat.epoch, beat.view) < (self.epoch, self.proposal.number):
@@ -218,9 +216,8 @@ class Leadership:
 
     def on_state(self, now: float, out: list[Effect]) -> None:
         """Our outer state is a newer one: a round begins, and members that hold the state take part from here on."""
-        near = self.states.round - 1  # whose means are still held by all
         waiting = {m.id for m in self.view.members if not m.active}
-        synced = {p for p, known in self.peers.items() if known.synced and known.round >= near}
+        synced = {p for p, record in self.peers.items() if self._is_synced(record)}
         self.activating |= synced & waiting
         self.go_on(now, out)
 
@@ -340,10 +337,17 @@ class Leadership:
         voter = member.voter or self._may_vote(member, record)
         return replace(member, active=active, voter=voter, weight=weight)
 
-    @staticmethod
-    def _may_vote(member: Member, record: Peer) -> bool:
+    def _may_vote(self, member: Member, record: Peer) -> bool:
         """It has completed a round."""
-        return member.active and record.synced and 0 <= record.began < record.round
+        return member.active and self._is_synced(record) and 0 <= record.began < record.round
+
+    def _is_synced(self, record: Peer) -> bool:
+        """Its outer state is the run's, or that of the round before, whose means are still held by all.
+
+        Of who is ahead of this node that can be told when this node is there.
+        """
+        known = self.states.digests.get(record.round)
+        return known is not None and known == record.digest and record.round >= self.states.round - 1
 
     def _i_am_synced(self) -> bool:
         commit = self.view.commit
