@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from prime_async.machines.ballot import Ballot, apply_change, change_between, view_digest
 from prime_async.machines.election import Candidate, decides
-from prime_async.machines.facts import LeaderElected, LeaderSilent, MemberLost, SteppedDown
+from prime_async.machines.facts import CutOff, LeaderElected, LeaderSilent, MemberLost, SteppedDown
 from prime_async.machines.membership import Membership
 from prime_async.machines.vocabulary import BallotStored, Effect, Heard, RunAt, StateAt, StoreBallot, Tick
 from prime_async.messages import (
@@ -448,6 +448,18 @@ def test_a_leader_that_hears_no_quorum_steps_down() -> None:
     assert leader.role == "asking"
     assert ids(leader) == ["n0", "n1", "n2"]  # it changed nothing
     assert sent(effects, Hello)
+
+
+def test_a_leader_that_is_cut_off_counts_the_voters_of_the_decided_view() -> None:
+    """Defect: it said "heard 1 of 2" of four, by a view without the others that it alone had proposed."""
+    leader = leading("n1", "n2", "n3")
+    for second in range(1, 9):
+        hears(leader, float(second), "n1", beat(epoch=2))
+        give(leader, float(second), Tick())
+    for second in range(9, 12):  # n2 and n3 are silent for longer, and a view without them is proposed
+        give(leader, float(second), Tick())
+    said = facts(CutOff, ticks(leader, 12, 40))
+    assert {(f.heard, f.voters) for f in said} == {(1, 4)}
 
 
 def test_a_leader_that_hears_a_quorum_leaves_the_others_out_and_goes_on() -> None:

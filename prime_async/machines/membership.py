@@ -659,7 +659,7 @@ class Membership:
 
     def _say_still_asking(self, now: float, out: list[Effect]) -> None:
         seconds = round(now - self.standing.alone_since, 1)
-        view = self.acceptor.ballot.view
+        view = self.acceptor.ballot.decided_view  # and not one that we alone may have proposed
         if view is None or not view.voters:
             asked = tuple(p.control for p in self.seeking.whom(self.acceptor.ballot, self.leader))
             out.append(Report(fact=StillAsking(contacts=asked, seconds=seconds)))
