@@ -6,6 +6,7 @@ import gc
 import random
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -201,6 +202,33 @@ async def test_a_connection_with_a_name_of_another_form_is_a_violation(
     raw.dealer(network.key("mallory"), b.id, b.control_address, route).send(encode(note("hello")))
     violation = await next_notice(b, Violation)
     assert violation.peer == (network.id("mallory") if network.checks_keys else UNKNOWN)
+    await assert_all_is_well(a, b)
+
+
+async def test_what_is_left_to_read_of_a_connection_that_another_took_over_is_nobodys_violation(
+    net: Harness, network: ZeroMQ, raw: RawSockets
+) -> None:
+    """Defect: a node that stood still for some seconds read what had queued up, and shut its peers out for good.
+
+    ZeroMQ gives the old connection a name of its own, which is none of ours.
+    """
+    a, b = await two(net)
+    peer, route = network.key("peer"), f"{network.id('peer')}/0123".encode()
+    before = raw.dealer(peer, b.id, b.control_address, route)
+    before.send(encode(note("first")))
+    assert await hear(b) == (network.id("peer"), "first")
+    for _ in range(20):
+        before.send(encode(note("late")))
+    # Nobody reads meanwhile: this stops the event loop, and ZeroMQ's own threads go on.
+    time.sleep(0.2)  # noqa: ASYNC251
+    before.close(linger=1000)
+    time.sleep(0.2)  # noqa: ASYNC251
+    raw.dealer(peer, b.id, b.control_address, route).send(encode(note("of the new connection")))
+    time.sleep(0.3)  # noqa: ASYNC251
+    with trio.fail_after(PATIENCE_S):
+        while (await hear(b))[1] != "of the new connection":
+            pass
+    assert b.traffic.violations == {}
     await assert_all_is_well(a, b)
 
 
