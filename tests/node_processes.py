@@ -6,10 +6,11 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -17,6 +18,11 @@ from prime_async.config.load import config_from
 from prime_async.config.template import node_toml
 from prime_async.transport.keys import read_key_file, write_key_file
 from tests.netlab import ROOT, Lab, address
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prime_async.config.schema import RunSpec
 
 PATIENCE_S: Final = 120.0
 """How long a test waits for what must happen."""
@@ -31,6 +37,25 @@ SMALL_RUN: Final[Mapping[str, Any]] = {
     "exchange": {"chunk_elements": 65536},
 }
 """Settings of a run whose rounds take a second."""
+
+PACE_S: Final = 0.1
+PACED_RUN: Final[Mapping[str, Any]] = {
+    "model": "tests.node_processes:paced_model",
+    "round": {"inner_steps": 4},
+    "exchange": {"chunk_elements": 16384},
+}
+"""Changes to it: inner steps that take time and no CPU, so that many nodes keep their pace on few cores; 8 chunks."""
+
+
+def paced_model(run: RunSpec, vocab_size: int) -> nn.Module:
+    """131,072 parameters for the 256 byte tokens. An inner step lasts ``PACE_S``, which it sleeps."""
+    import torch  # by a node alone
+
+    torch.manual_seed(run.seed)
+    width = 256
+    model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size, bias=False))
+    model.register_forward_pre_hook(lambda module, _: time.sleep(PACE_S) if module.training else None)
+    return model
 
 
 class NodeProcess:
@@ -208,14 +233,21 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def processes_about(path: Path) -> list[str]:
-    """Command lines of processes that name ``path``: what a test of this folder has left behind."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = place.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(str(path).encode() in word for word in words):
-            found.append(b" ".join(words).decode(errors="replace"))
-    return found
+def assert_digests_are_equal(nodes: Iterable[NodeProcess]) -> None:
+    """No two nodes have ever had different weights after the same round."""
+    digests: dict[int, str] = {}
+    for node in nodes:
+        for fact in node.told("round_finished"):
+            known = digests.setdefault(fact["round"], fact["state_digest"])
+            assert fact["state_digest"] == known, f"{node.name} differs after round {fact['round']}"
+
+
+def assert_no_step_is_lost(node: NodeProcess) -> None:
+    """Whenever its work counts in a round, all of it does that it has ever done."""
+    done = counted = 0
+    for _, fact in node.facts:
+        if fact["type"] == "inner_step_done":
+            done += fact["tokens"]
+        elif fact["type"] == "round_finished" and fact["tokens"]:
+            counted += fact["tokens"]
+            assert counted == done, f"{node.name} after round {fact['round']}"

@@ -76,6 +76,21 @@ def _assert_complete(figures: dict[str, Any]) -> None:
     assert figures["peak_memory_vectors"] > 0
 
 
+def test_a_small_failover_benchmark_times_each_kill_and_counts_what_was_lost() -> None:
+    command = (sys.executable, "-m", "prime_async", "bench", "failover", "--nodes", "3", "--runs", "1", "--json")
+    done = subprocess.run(
+        (*command, "--failure-timeout-s", "2.5"), capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
+
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    for role in ("leader", "member"):
+        (seconds,) = result[role]["seconds"]
+        assert seconds == result[role]["median_s"] > 1.0  # the last heartbeat was up to a second before the kill
+        assert result[role]["lost_tokens"] == 0
+    assert "lost tokens" in done.stderr  # the table
+
+
 def test_a_benchmark_that_is_killed_takes_its_processes_along() -> None:
     process = _start(start_new_session=True)
     deadline = time.monotonic() + TIMEOUT_S

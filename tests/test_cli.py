@@ -19,6 +19,7 @@ from prime_async.config.load import load_config
 from prime_async.config.spec import run_id
 from prime_async.errors import ReplayMismatchError
 from prime_async.log import read_log, replay
+from tests.processes import processes_about
 
 LIMIT_S = 120.0
 SMALL = (
@@ -61,25 +62,7 @@ def wait_for(lines: Iterator[dict[str, Any]], kind: str) -> dict[str, Any]:
     raise AssertionError(f"the node ended without {kind}")
 
 
-def wait_for_active(lines: Iterator[dict[str, Any]], count: int) -> None:
-    while wait_for(lines, "view_adopted")["active"] != count:
-        pass
-
-
-def processes_about(path: Path) -> list[str]:
-    """Command lines of processes that name ``path``."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = place.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(str(path).encode() in word for word in words):
-            found.append(b" ".join(words).decode(errors="replace"))
-    return found
-
-
-@pytest.mark.parametrize("name", ["demo", "init", "check", "run", "data", "replay", "bench"])
+@pytest.mark.parametrize("name", ["demo", "init", "check", "run", "data", "replay", "audit", "bench"])
 def test_every_command_explains_itself(name: str) -> None:
     assert "Usage: prime-async" in run(name, "--help").stdout
 
@@ -151,33 +134,6 @@ def test_the_line_that_init_prints_makes_a_node_of_the_same_run(tmp_path: Path) 
     assert len(theirs.node.join) == 1
 
 
-def test_a_node_that_is_killed_or_stopped_holds_up_the_other_for_the_failure_timeout_alone(tmp_path: Path) -> None:
-    """Given two node processes, when one is stopped it is removed, and comes back by itself; killed, removed."""
-    timeout = ("--set=run.failure_timeout_s=2.5", "--set=run.heartbeat_s=0.25")
-    run("init", tmp_path / "first", *SMALL, *timeout)
-    with subprocess.Popen(command("run", tmp_path / "first" / "node.toml", "--events"), **PIPED) as first:
-        lines = lines_of(first)
-        contact = wait_for(lines, "started")["contact"]
-        said = run("init", tmp_path / "second", "--join", contact, *SMALL, *timeout).stdout
-        key = re.search(r"^  ([0-9a-f]{64})$", said, re.MULTILINE)
-        assert key is not None
-        (tmp_path / "first" / "allowed-keys.txt").write_text(key[1])
-        with subprocess.Popen(command("run", tmp_path / "second" / "node.toml"), stderr=subprocess.DEVNULL) as second:
-            wait_for_active(lines, 2)
-            second.send_signal(signal.SIGSTOP)
-            lost = wait_for(lines, "member_lost")
-            assert 2.5 <= lost["silent_s"] < 5.0  # a fact has milliseconds: 2.5003 is 2.5 there
-            wait_for(lines, "round_finished")
-            second.send_signal(signal.SIGCONT)
-            wait_for_active(lines, 2)
-            second.kill()
-            wait_for(lines, "member_lost")
-            wait_for(lines, "round_finished")
-        first.send_signal(signal.SIGINT)
-        list(lines)
-        assert first.wait(LIMIT_S) == 0
-
-
 def test_init_overwrites_nothing(tmp_path: Path) -> None:
     run("init", tmp_path)
     before = (tmp_path / "node.toml").read_bytes(), (tmp_path / "node.key").read_bytes()
@@ -246,6 +202,33 @@ def test_the_demo_trains_equal_weights_and_its_logs_replay(tmp_path: Path) -> No
         log = read_log(tmp_path / "kept" / name / "messages.log")
         assert sum(1 for _ in replay(log)) == len(log.records) > 50
         assert "all as recorded" in run("replay", tmp_path / "kept" / name / "messages.log").stdout
+
+
+def test_a_demo_whose_leader_is_killed_goes_on_and_all_its_values_are_right(tmp_path: Path) -> None:
+    """Given chaos, when the leader is killed in mid run, then the others lose nothing, and the audit finds nothing."""
+    done = run("demo", "--chaos", "--rounds", "6", "--json", "--keep", tmp_path / "kept")
+    result = json.loads(done.stdout.splitlines()[-1])
+    chaos, audit = result["chaos"], result["chaos"]["audit"]
+    assert (chaos["signal"], chaos["in_exchange_of_round"] >= 2) == ("SIGKILL", True)
+    assert set(chaos["lost_tokens"]) == {"node-1", "node-2", "node-3"} - {chaos["killed"]}
+    assert set(chaos["lost_tokens"].values()) == {0}
+    assert result["equal_after_every_round"]
+    assert result["heldout_loss_after"] < result["heldout_loss_before"] - 2
+    assert (audit["differences"], audit["unchecked"]) == ([], [])
+    assert audit["means"] == 6 * 16
+    assert all(count >= 2 * 16 for count in audit["counted"].values())
+    assert f"{chaos['killed']}, the leader, is killed" in done.stderr
+    assert processes_about(tmp_path) == []
+
+    again = run("audit", tmp_path / "kept", "--json")
+    assert json.loads(again.stdout.splitlines()[-1]) == audit
+    mean = next((tmp_path / "kept").rglob("mean-*"))
+    mean.write_bytes(mean.read_bytes()[:-1] + b"!")
+    assert f"{mean}: damaged" in run("audit", tmp_path / "kept", code=1).stdout
+
+
+def test_chaos_needs_somebody_who_goes_on() -> None:
+    assert "needs at least 3 --nodes and 4 --rounds" in run("demo", "--chaos", "--nodes", "2", code=2).stderr
 
 
 def test_a_log_that_was_altered_does_not_replay(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ NODE: dict[str, st.SearchStrategy[Any]] = {
     "data_path": optional_paths,
     "evaluate_every": counts,
     "record": optional_paths,
+    "audit": optional_paths,
     "log_format": st.sampled_from(["console", "json"]),
     "log_level": st.sampled_from(["debug", "info", "warning", "error"]),
 }

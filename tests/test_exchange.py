@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blake3 import blake3
 
 from prime_async.machines.attempt import Attempt
@@ -49,7 +51,7 @@ from prime_async.messages import (
     ViewUpdate,
     bitmap,
 )
-from tests.machine_harness import facts, full_member, info, key, member, of, sent, told, view
+from tests.machine_harness import LINEAGE, facts, full_member, info, key, member, of, sent, told, view
 
 N0, N1, N2 = (full_member(f"n{i}") for i in range(3))
 THREE = view(3, N0, N1, N2)
@@ -565,13 +567,27 @@ def test_who_has_no_vote_tells_a_new_leader_nothing() -> None:
 # --- commits --------------------------------------------------------------------------------------------------------
 
 
+def settles(effects: Sequence[Effect]) -> list[tuple[int, tuple[int, int], tuple[ChunkKey, ...]]]:
+    return [(s.round, (s.epoch, s.attempt), s.exceptions) for s in of(Settle, effects)]
+
+
 def test_only_committed_means_are_handed_over_and_once() -> None:
     node, _ = planned()
     assert not told(complete(node), "training")
     effects = commits(node, commit())
     assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
-    assert of(Settle, effects) == [Settle(round=0, epoch=1, attempt=0)]
+    assert settles(effects) == [(0, (1, 0), ())]
     assert not told(node.handle(9.0, Tick()), "training")
+
+
+def test_settled_means_come_with_what_an_audit_needs() -> None:
+    """Given a plan with two of three members' weights, when its means are settled, then these come along."""
+    node = exchange()
+    fix(node)
+    hears(node, plan(who=(0, 2)), peer="n0")
+    complete(node)
+    (settle,) = of(Settle, commits(node, commit()))
+    assert (settle.lineage, settle.members, settle.weights) == (LINEAGE, ("n0", "n1", "n2"), (10, 0, 30))
 
 
 def test_a_commit_may_come_before_the_means_and_gets_under_way_go_on() -> None:
@@ -593,7 +609,7 @@ def test_what_a_node_had_still_to_make_at_the_commit_it_fetches_as_settled() -> 
     fetched(node, "n0", mean(0))
     fetched(node, "n2", mean(2))
     effects = fetched(node, "n0", settled(1))
-    assert of(Settle, effects) == [Settle(round=0, epoch=1, attempt=0, exceptions=(settled(1),))]
+    assert settles(effects) == [(0, (1, 0), (settled(1),))]
 
 
 def test_a_mean_whose_owner_dies_after_the_commit_is_fetched_as_settled() -> None:
@@ -686,7 +702,7 @@ def test_who_holds_other_means_than_the_committed_ones_fetches_those_from_the_le
     fetched(node, "n0", settled(1), fill=9)
     effects = fetched(node, "n0", settled(2))
     assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
-    assert of(Settle, effects) == [Settle(round=0, epoch=0, attempt=0)]
+    assert settles(effects) == [(0, (0, 0), ())]
 
 
 def test_a_commit_of_an_earlier_plan_takes_what_was_held_under_its_numbers() -> None:

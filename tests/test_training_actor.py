@@ -7,21 +7,26 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 import trio
 from blake3 import blake3
 
+from prime_async.actors.auditor import Auditor
 from prime_async.actors.checkpoint import CheckpointActor
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import TrainingActor
+from prime_async.audit import AuditFolder
 from prime_async.errors import ProtocolError
 from prime_async.machines.vocabulary import (
     Applied,
     Apply,
     ChunkImported,
+    Encode,
+    Encoded,
     EndImport,
     Event,
     Fetch,
@@ -37,6 +42,7 @@ from prime_async.messages import ChunkInfo, ChunkKey, bitmap
 from prime_async.transport.base import Chunk
 from prime_async.transport.memory import MemoryNetwork
 from prime_async.work.buffer_workload import BufferWorkload
+from prime_async.work.chunks import Chunks
 from prime_async.work.codec import make_codec
 from prime_async.work.workload import StepReport
 from tests.machine_harness import key
@@ -89,12 +95,13 @@ class Bench:
 
 
 @asynccontextmanager
-async def training() -> AsyncIterator[Bench]:
+async def training(store: ChunkStore | None = None, audit: AuditFolder | None = None) -> AsyncIterator[Bench]:
     send, receive = trio.open_memory_channel[Event](20)
     async with trio.open_nursery() as nursery:
-        workload, store, served = Noting(), ChunkStore(), list[int | None]()
+        workload, store, served = Noting(), store or ChunkStore(), list[int | None]()
+        tensors = Tensors(workload, 2)
         actor = TrainingActor(
-            Tensors(workload, 2),
+            tensors,
             store,
             nursery,
             send.send_nowait,
@@ -102,6 +109,7 @@ async def training() -> AsyncIterator[Bench]:
             fail=lambda _: None,
             serve_round=served.append,
             save=lambda: None,
+            auditor=Auditor(audit, tensors) if audit is not None else None,
         )
         yield Bench(workload, store, actor, receive, served)
         nursery.cancel_scope.cancel()
@@ -130,6 +138,21 @@ async def test_what_ended_the_last_steps_does_not_end_the_next() -> None:
         done = await bench.posted()
         assert isinstance(done, StepsDone)
         assert (done.steps, done.tokens) == (3, 30)
+
+
+async def test_a_contribution_is_written_for_an_audit_before_it_can_be_served(tmp_path: Path) -> None:
+    class Looking(ChunkStore):
+        """It looks how many files there are when it is given a chunk."""
+
+        def put(self, key: ChunkKey, chunk: Chunk) -> None:
+            there.append(len(list(tmp_path.rglob("contribution-*"))))
+            super().put(key, chunk)
+
+    there: list[int] = []
+    async with training(Looking(), AuditFolder(tmp_path, "a" * 64, "fp32", Chunks(600, 256))) as bench:
+        bench.actor.perform(Encode(round=4))
+        assert await bench.posted() == Encoded(round=4, finite=True)
+        assert there == [3, 3, 3]
 
 
 @pytest.mark.parametrize(("position", "counted"), [(-1, []), (0, [0, 1]), (2, [1, 2])])

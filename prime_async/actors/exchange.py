@@ -7,6 +7,7 @@ from collections.abc import Callable
 import trio
 from blake3 import blake3
 
+from prime_async.actors.auditor import Auditor
 from prime_async.actors.fetcher import Fetcher
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
@@ -44,6 +45,7 @@ class ExchangeActor:
         nursery: trio.Nursery,
         post: Callable[[Event], None],
         retract: Callable[[Callable[[Event], bool]], None],
+        auditor: Auditor | None = None,
     ) -> None:
         self._transport = transport
         self._tensors = tensors
@@ -51,6 +53,7 @@ class ExchangeActor:
         self._nursery = nursery
         self._post = post
         self._fetcher = Fetcher(transport, nursery, self._on_outcome, retract)
+        self._auditor = auditor
         self._unsettled: dict[ChunkKey, Chunk] = {}
 
     def perform(self, effect: Effect) -> None:
@@ -101,11 +104,14 @@ class ExchangeActor:
 
     def _settle(self, settle: Settle) -> None:
         exceptions = {key.chunk: key for key in settle.exceptions}
+        means = {}
         for chunk in range(self._tensors.workload.chunk_count):
-            usual = mean_key(settle.round, chunk, (settle.epoch, settle.attempt))
-            mean = self._mean(exceptions.get(chunk, usual))
-            self._store.put(mean_key(settle.round, chunk, SETTLED), mean)
+            key = exceptions.get(chunk, mean_key(settle.round, chunk, (settle.epoch, settle.attempt)))
+            means[key] = self._mean(key)
+            self._store.put(mean_key(settle.round, chunk, SETTLED), means[key])
         self._unsettled.clear()
+        if self._auditor is not None:
+            self._nursery.start_soon(self._auditor.write_means, settle, means)
 
     def _inputs(self, reduce: Reduce) -> dict[str, memoryview]:
         """The contributions, in the order of the plan: our own from the store, the others' as they came.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trio
 
+from prime_async.actors.auditor import Auditor
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
 from prime_async.errors import NonFiniteError
@@ -58,6 +59,7 @@ class TrainingActor:
         fail: Callable[[Fail], None],
         serve_round: Callable[[int | None], None],
         save: Callable[[], Path | None],
+        auditor: Auditor | None = None,
     ) -> None:
         self._tensors = tensors
         self._store = store
@@ -67,6 +69,7 @@ class TrainingActor:
         self._fail = fail
         self._serve_round = serve_round
         self._save = save
+        self._auditor = auditor
         self._stop = False
         self._trainer_limiter = trio.CapacityLimiter(1)
 
@@ -121,7 +124,10 @@ class TrainingActor:
         self._report(fact)
 
     async def _encode(self, round: int) -> None:
-        """Nothing is served before all is encoded: of a contribution that is not finite, no chunk gets out."""
+        """Nothing is served before all is encoded, and written for an audit, if that is wanted.
+
+        So of a contribution that is not finite no chunk gets out.
+        """
         chunks: dict[int, Chunk] = {}
 
         def encode(chunk: int) -> None:
@@ -133,6 +139,8 @@ class TrainingActor:
         except NonFiniteError:
             self._post(Encoded(round=round, finite=False))
             return
+        if self._auditor is not None:
+            await self._auditor.write_contribution(round, chunks)
         for number, chunk in sorted(chunks.items()):
             self._store.put(ChunkKey(kind="contribution", round=round, chunk=number), chunk)
         self._post(Encoded(round=round, finite=True))

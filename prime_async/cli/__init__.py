@@ -19,6 +19,7 @@ app.command("prime_async.cli.run:run", name="run")
 app.command("prime_async.cli.recover:recover", name="recover")
 app.command("prime_async.cli.data:data", name="data")
 app.command("prime_async.cli.replay:replay", name="replay")
+app.command("prime_async.cli.audit:audit", name="audit")
 app.command("prime_async.cli.bench:app", name="bench")
 app.command("prime_async.cli.simulate:simulate", name="simulate")
 

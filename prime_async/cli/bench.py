@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.actors.groups import single_errors
+from prime_async.bench import failover as failovers
 from prime_async.bench.exchange import ExchangeBench, measure
 from prime_async.cli.demo_report import size
 
@@ -59,6 +60,68 @@ def exchange(
     if json_:
         print(json.dumps(result))
     return 0
+
+
+@app.command
+def failover(
+    *,
+    nodes: Annotated[int, Parameter(validator=Number(gte=3, lte=16))] = 4,
+    runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 5,
+    failure_timeout_s: Annotated[float, Parameter(validator=Number(gt=2, lte=3600))] = 10.0,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Kill a node in the middle of an exchange, and time how long the others take to finish the round.
+
+    With SIGKILL: first the leader, again and again, then other members. Keep the machine idle meanwhile.
+
+    Parameters
+    ----------
+    nodes
+        How many processes.
+    runs
+        Kills of each kind.
+    failure_timeout_s
+        As run.failure_timeout_s: without waiting for it nobody can tell a dead node from a slow one.
+    json_
+        Print one JSON object as the last line of stdout; the table goes to stderr.
+    """
+    console = Console(stderr=json_, highlight=False)
+    bench = failovers.FailoverBench(nodes=nodes, runs=runs, failure_timeout_s=failure_timeout_s)
+    result = trio.run(_measure_failover, bench, console)
+    console.print(_failover_table(result))
+    if json_:
+        print(json.dumps(result))
+    return 0
+
+
+async def _measure_failover(bench: failovers.FailoverBench, console: Console) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "nodes": bench.nodes,
+        "runs": bench.runs,
+        "failure_timeout_s": bench.failure_timeout_s,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    with single_errors():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_interrupt_on_sigterm)
+            for role in failovers.ROLES:
+                console.print(f"the {role} of {bench.nodes} nodes is killed, {bench.runs} times ...")
+                result[role] = await failovers.measure(bench, role)
+            nursery.cancel_scope.cancel()
+    return result
+
+
+def _failover_table(result: dict[str, Any]) -> Table:
+    """One row a kind of victim."""
+    title = f"{result['nodes']} nodes, failure timeout {result['failure_timeout_s']:g} s"
+    table = Table("killed", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("median", "least", "most", "lost tokens"):
+        table.add_column(name, justify="right")
+    for role in failovers.ROLES:
+        seconds = result[role]["seconds"]
+        row = (f"{s:.2f} s" for s in (result[role]["median_s"], min(seconds), max(seconds)))
+        table.add_row(role, *row, str(result[role]["lost_tokens"]))
+    return table
 
 
 async def _measure(bench: ExchangeBench, plain: bool, console: Console) -> dict[str, Any]:

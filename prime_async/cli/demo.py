@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +21,12 @@ from rich.console import Console
 from rich.live import Live
 
 from prime_async.actors.groups import single_errors
-from prime_async.cli.children import Child, node_process, wait_for, wait_started
+from prime_async.cli.chaos import Incident, require_enough, upset
 from prime_async.cli.demo_report import final_report, progress_table
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
 from prime_async.errors import ConfigError, EnvironmentFault
+from prime_async.node.children import Child, node_process, wait_for_all, wait_started
 from prime_async.transport.keys import write_key_file
 
 REFRESH_PER_S = 4
@@ -43,6 +45,8 @@ DEMO_RUN: dict[str, Any] = {
     "exchange": {"chunk_elements": 2**16},
 }
 """The run of the demo: what differs from the defaults, and why."""
+CHAOS_RUN: dict[str, Any] = {"failure_timeout_s": 5.0}
+"""What differs from that where a node is killed: the others wait for it half as long."""
 
 
 def demo(
@@ -51,6 +55,7 @@ def demo(
     rounds: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 8,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     keep: Annotated[Path | None, Parameter(negative="")] = None,
+    chaos: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Train a model of a million parameters on this machine, with several nodes that exchange encrypted chunks.
 
@@ -64,10 +69,15 @@ def demo(
         Print one JSON object as the last line of stdout; the table goes to stderr.
     keep
         A new directory for the nodes' files (configuration, log, message log, outer state), which stays afterwards.
+    chaos
+        Kill the leader in the middle of an exchange, start it again, and in the end make every mean anew from what
+        went into it, to compare the bytes.
     """
+    if chaos:
+        require_enough(nodes, rounds)
     console = Console(stderr=json_, highlight=False)
     with _directory(keep) as directory:
-        result = trio.run(_demo, nodes, rounds, directory, console)
+        result = trio.run(_demo, Plan(nodes, rounds, chaos, directory), console)
     if json_:
         print(json.dumps(result))
     return 0
@@ -90,11 +100,25 @@ def _directory(keep: Path | None) -> Iterator[Path]:
     yield keep.resolve()
 
 
-async def _demo(nodes: int, rounds: int, directory: Path, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the demo is to do."""
+
+    nodes: int
+    rounds: int
+    chaos: bool
+    directory: Path
+
+    @property
+    def names(self) -> list[str]:
+        return [f"node-{i + 1}" for i in range(self.nodes)]
+
+
+async def _demo(plan: Plan, console: Console) -> dict[str, Any]:
     with single_errors():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_interrupt_on_sigterm)
-            result = await _train(nodes, rounds, directory, console)
+            result = await _train(plan, console)
             nursery.cancel_scope.cancel()
     final_report(console, result)
     return result
@@ -107,43 +131,57 @@ async def _interrupt_on_sigterm() -> None:
             raise KeyboardInterrupt
 
 
-async def _train(nodes: int, rounds: int, directory: Path, console: Console) -> dict[str, Any]:
+async def _train(plan: Plan, console: Console) -> dict[str, Any]:
     began = time.monotonic()
-    names = [f"node-{i + 1}" for i in range(nodes)]
-    for name in names:
-        (directory / name).mkdir()
-    keys = [write_key_file(directory / name / "node.key").id for name in names]
+    for name in plan.names:
+        (plan.directory / name).mkdir()
+    keys = [write_key_file(plan.directory / name / "node.key").id for name in plan.names]
     children: list[Child] = []
+    incident: Incident | None = None
     with Live(console=console, refresh_per_second=REFRESH_PER_S, transient=False) as live:
 
         def refresh() -> None:
-            live.update(progress_table(children, rounds, time.monotonic() - began), refresh=not console.is_terminal)
+            table = progress_table(children, plan.rounds, time.monotonic() - began)
+            live.update(table, refresh=not console.is_terminal)
 
         quiet = (lambda: None) if not console.is_terminal else refresh
         async with AsyncExitStack() as stack:
-            for name in names:
-                config = _node_config(name, directory, rounds, nodes, keys, [c.contact for c in children[:1]])
-                child = await stack.enter_async_context(node_process(config, directory / name, quiet))
-                children.append(child)
-                if child is children[0]:
-                    await wait_started(child)  # the others join it
-            with single_errors():
-                async with trio.open_nursery() as nursery:
-                    for child in children:
-                        nursery.start_soon(wait_for, child)
+
+            async def start(name: str, contact: str, before: Child | None = None) -> Child:
+                config = _node_config(plan, name, keys, contact)
+                return await stack.enter_async_context(node_process(config, plan.directory / name, quiet, before))
+
+            for name in plan.names:
+                children.append(await start(name, children[0].contact if children else ""))
+                if len(children) == 1:
+                    await wait_started(children[0])  # the others join it
+            if plan.chaos:
+
+                async def start_again(victim: Child, contact: Child) -> Child:
+                    return await start(victim.name, contact.contact, victim)
+
+                incident = await upset(children, plan.rounds, began, start_again, console.print)
+            await wait_for_all(children, late=incident.again if incident else None)
             refresh()
         console.print()
-        sample = await trio.to_thread.run_sync(_sample, config, directory / names[0])
-    return {**_result(children, nodes, rounds), "sample": sample, "wall_s": round(time.monotonic() - began, 2)}
+    result = _result(children, plan)
+    if incident is not None:
+        found = await trio.to_thread.run_sync(_audit, plan.directory)
+        result["chaos"] = {**incident.figures(children, CHAOS_RUN["failure_timeout_s"]), "audit": found}
+    steady = next(name for name in plan.names if incident is None or name != incident.kill.victim.name)
+    config = _node_config(plan, steady, keys, "")
+    sample = await trio.to_thread.run_sync(_sample, config, plan.directory / steady)
+    return {**result, "sample": sample, "wall_s": round(time.monotonic() - began, 2)}
 
 
-def _node_config(
-    name: str, directory: Path, rounds: int, nodes: int, keys: Sequence[str], join: Sequence[str]
-) -> Config:
-    home = directory / name
+def _node_config(plan: Plan, name: str, keys: Sequence[str], contact: str) -> Config:
+    home = plan.directory / name
+    run = {**DEMO_RUN, "rounds": plan.rounds, "min_members": plan.nodes}
+    if plan.chaos:
+        run |= {**CHAOS_RUN, "min_members": plan.nodes - 1}
     return config_from(
         {
-            "run": {**DEMO_RUN, "rounds": rounds, "min_members": nodes},
+            "run": run,
             "node": {
                 "name": name,
                 "key": str(home / "node.key"),
@@ -152,14 +190,23 @@ def _node_config(
                 "advertise": "127.0.0.1",
                 "port": 0,
                 "bulk_port": 0,
-                "join": list(join),
+                "join": [contact] if contact else [],
                 "allow": list(keys),
                 "threads": 1,
                 "record": str(home / "messages.log"),
+                "audit": str(home / "audit") if plan.chaos else "",
                 "log_level": "warning",
             },
         }
     )
+
+
+def _audit(directory: Path) -> dict[str, Any]:
+    """Every mean that a node settled, made anew from what went into it."""
+    from prime_async.audit import audit
+    from prime_async.cli.audit import figures
+
+    return figures(audit([directory]))
 
 
 def _sample(config: Config, home: Path) -> str:
@@ -178,26 +225,26 @@ def _sample(config: Config, home: Path) -> str:
     return PROMPT + "".join(generate(trainer.model, trainer.corpus, PROMPT, SAMPLE_TOKENS, 0.8, seed=0))
 
 
-def _result(children: Sequence[Child], nodes: int, rounds: int) -> dict[str, Any]:
+def _result(children: Sequence[Child], plan: Plan) -> dict[str, Any]:
     """All figures of the demo, from what the nodes said."""
-    first = children[0]
-    heldout = first.meter.heldout
+    parameters = children[0].parameters
+    heldout = {after: loss for child in children for after, loss in child.meter.heldout.items()}
     digests = [c.meter.state_digests for c in children]
-    if any(d.keys() != set(range(1, rounds + 1)) for d in digests):
-        raise EnvironmentFault(f"not every node took part in all {rounds} rounds: {[sorted(d) for d in digests]}")
-    per_step = 2 * (nodes - 1) / nodes * 4 * first.parameters  # ring all-reduce: each node sends so many bytes
+    if not plan.chaos and any(d.keys() != set(range(1, plan.rounds + 1)) for d in digests):
+        raise EnvironmentFault(f"not every node took part in all {plan.rounds} rounds: {[sorted(d) for d in digests]}")
+    per_step = 2 * (plan.nodes - 1) / plan.nodes * 4 * parameters  # ring all-reduce: each node sends so many bytes
     data_parallel = [round(per_step * c.meter.inner_steps) for c in children]
     sent = [c.bytes_sent for c in children]
     return {
-        "nodes": nodes,
-        "rounds": rounds,
+        "nodes": plan.nodes,
+        "rounds": plan.rounds,
         "inner_steps": [c.meter.inner_steps for c in children],
-        "parameters": first.parameters,
+        "parameters": parameters,
         "tokens": sum(c.meter.tokens for c in children),
         "heldout_loss_before": heldout[0],
-        "heldout_loss_after": heldout[rounds],
-        "state_digests": [d[rounds] for d in digests],
-        "equal_after_every_round": all(d == digests[0] for d in digests),
+        "heldout_loss_after": heldout[plan.rounds],
+        "state_digests": [d[plan.rounds] for d in digests if plan.rounds in d],
+        "equal_after_every_round": all(len({d[r] for d in digests if r in d}) == 1 for r in set().union(*digests)),
         "bytes_sent": sent,
         "bytes_data_parallel_fp32": data_parallel,
         "reduction": round(sum(data_parallel) / max(sum(sent), 1), 1),

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from prime_async.cli.children import Child
+from prime_async.node.children import Child
 
 
 def progress_table(children: Sequence[Child], rounds: int, elapsed_s: float) -> Table:
@@ -53,9 +53,34 @@ def final_report(console: Console, result: dict[str, Any]) -> None:
         ("training share", f"{shares} of the time"),
         ("wall time", f"{result['wall_s']:.0f} s"),
     )
-    for name, value in lines:
+    for name, value in (*lines, *(_chaos_lines(result["chaos"]) if "chaos" in result else ())):
         console.print(f"[bold]{name:>15}[/bold]  {value}", soft_wrap=True)
     console.print(Panel(Text(result["sample"].strip()), title="the model writes", title_align="left", expand=False))
+
+
+def _chaos_lines(chaos: dict[str, Any]) -> Sequence[tuple[str, str]]:
+    """What was done to whom, and what came of it. People count rounds from 1."""
+    audit, lost, back = chaos["audit"], sum(chaos["lost_tokens"].values()), chaos["back_in_round"]
+    values = "all equal" if not audit["differences"] else f"{len(audit['differences'])} DIFFERENT"
+    unchecked = f", {len(audit['unchecked'])} could not be checked" if audit["unchecked"] else ""
+    return (
+        (
+            "killed",
+            f"{chaos['killed']}, the leader, by {chaos['signal']} after {chaos['killed_at_s']:.0f} s, "
+            f"in the exchange of round {chaos['in_exchange_of_round'] + 1}",
+        ),
+        (
+            "the others",
+            f"ended that round {chaos['round_ended_after_s']:.1f} s later (failure timeout "
+            f"{chaos['failure_timeout_s']:.0f} s), and lost {lost or 'none'} of the tokens that they trained on",
+        ),
+        ("started again", f"and back in round {back + 1}" if back is not None else "too late to take part again"),
+        (
+            "audit",
+            f"{audit['means']} means made anew from the contributions that they name, and compared with the "
+            f"{audit['copies']} that the nodes settled: {values}{unchecked}",
+        ),
+    )
 
 
 def size(count: int) -> str:

@@ -24,7 +24,7 @@ from prime_async.config.spec import dotted, literal
 from prime_async.errors import ConfigError
 
 MAX_SHOWN_CHARACTERS: Final = 80
-PATHS: Final = ("key", "directory", "allow_file", "data_path", "record")
+PATHS: Final = ("key", "directory", "allow_file", "data_path", "record", "audit")
 """The settings of ``[node]`` that are relative to the folder of the file."""
 
 

@@ -334,6 +334,13 @@ class NodeSettings(Settings):
         ),
     ] = 0
     record: Annotated[OptionalPath, Field(description="file to write the message log to")] = None
+    audit: Annotated[
+        OptionalPath,
+        Field(
+            description="folder to write every contribution of this node and every mean that it settles to, for "
+            '`prime-async audit`; grows by two encoded vectors in a round, and nothing is deleted; "": none'
+        ),
+    ] = None
     log_format: Annotated[Literal["console", "json"], Field(description="of the log on stderr")] = "console"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Field(description="the least severe events that are logged")

@@ -209,10 +209,20 @@ class Chunks:
         assert self.commit is not None
         self.gathering.want(self.gathering.first_source(view), mean_key(self.commit.round, chunk, SETTLED))
 
-    def settle(self) -> Settle:
+    def settle(self, lineage: bytes) -> Settle:
         """Have the committed means, all of which are here, held as the round's."""
         assert self.commit is not None
         usual = next(iter(self.numbers.values()), SETTLED)
         others = [(c, n) for c, n in sorted(self.numbers.items()) if n != usual]
         exceptions: tuple[ChunkKey, ...] = tuple(mean_key(self.commit.round, c, n) for c, n in others)
-        return Settle(round=self.commit.round, epoch=usual[0], attempt=usual[1], exceptions=exceptions)
+        attempt = self.attempt
+        members = attempt.members if attempt is not None and attempt.view.number == self.commit.view else ()
+        return Settle(
+            round=self.commit.round,
+            epoch=usual[0],
+            attempt=usual[1],
+            exceptions=exceptions,
+            lineage=lineage,
+            members=members,
+            weights=tuple(attempt.weights.get(m, 0) for m in members) if attempt is not None else (),
+        )

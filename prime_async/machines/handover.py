@@ -108,7 +108,7 @@ class HandOver:
                 self.ask_view(view, out)
             return False
         self.done, self.chain = True, commit.chain
-        out.append(self.chunks.settle())
+        out.append(self.chunks.settle(view.lineage))
         out.append(Report(fact=RoundCommitted(round=commit.round, attempt=commit.attempt)))
         out.append(Tell(actor="training", event=MeansCommitted(round=commit.round, position=position)))
         return True

@@ -336,13 +336,18 @@ class AdoptMean(Struct, frozen=True, kw_only=True, tag="adopt_mean"):
 class Settle(Struct, frozen=True, kw_only=True, tag="settle"):
     """Hold the means of these keys, one for each chunk, as the round's: also under (epoch, attempt) (0, 0).
 
-    ``exceptions``: keys of chunks that were made under another number than ``epoch`` and ``attempt``.
+    ``exceptions``: keys of chunks that were made under another number than ``epoch`` and ``attempt``. For an audit: the
+    ``lineage``, and the ``members`` over which the means' bitmaps are, with the ``weights`` that the plan gave them (0:
+    it counts none of theirs); both empty if this node has not gone by that plan.
     """
 
     round: int
     epoch: int
     attempt: int
     exceptions: tuple[ChunkKey, ...] = ()
+    lineage: bytes = b""
+    members: tuple[str, ...] = ()
+    weights: tuple[int, ...] = ()
 
 
 class Reduce(Struct, frozen=True, kw_only=True, tag="reduce"):

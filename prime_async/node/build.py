@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 
 from blake3 import blake3
 
+from prime_async.audit import AuditFolder
 from prime_async.config.contact import Contact
 from prime_async.config.schema import Config, NodeSettings
 from prime_async.config.spec import flatten, run_id
@@ -22,6 +23,7 @@ from prime_async.node.allow import AllowList
 from prime_async.transport.base import Transport
 from prime_async.transport.keys import read_key_file
 from prime_async.transport.zeromq import ZmqSettings, open_zmq
+from prime_async.work.chunks import Chunks
 from prime_async.work.workload import Workload
 
 FETCH_TIMEOUTS = 6
@@ -55,6 +57,14 @@ def allow_list(node: NodeSettings) -> AllowList:
 def data_stream(node_id: str) -> int:
     """The node's data stream, from its key: no two nodes of a run have the same."""
     return int.from_bytes(blake3(b"data stream " + node_id.encode()).digest(length=8), "little")
+
+
+def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolder | None:
+    """Where the node writes its contributions and means, if it is to."""
+    if config.node.audit is None:
+        return None
+    exchange = config.run.exchange
+    return AuditFolder(config.node.audit, node_id, exchange.codec, Chunks(workload.elements, exchange.chunk_elements))
 
 
 def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> AbstractAsyncContextManager[Transport]:

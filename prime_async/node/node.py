@@ -11,6 +11,7 @@ import msgspec
 import structlog
 import trio
 
+from prime_async.actors.auditor import Auditor
 from prime_async.actors.checkpoint import CheckpointActor
 from prime_async.actors.exchange import ExchangeActor
 from prime_async.actors.groups import single_errors
@@ -58,7 +59,7 @@ from prime_async.machines.vocabulary import (
 )
 from prime_async.messages import AskView, RoundMessage, ViewUpdate
 from prime_async.node.allow import AllowList
-from prime_async.node.build import allow_list, data_stream, machine_settings, open_transport
+from prime_async.node.build import allow_list, audit_folder, data_stream, machine_settings, open_transport
 from prime_async.node.events import EventStream
 from prime_async.node.meter import Meter
 from prime_async.transport.base import Denied, Notice, Reachable, Received, Traffic, Transport, Violation
@@ -173,6 +174,8 @@ class Node:
             for name, machine in machines.items()
         }
         tensors = Tensors(self._workload)
+        folder = audit_folder(self.config, self.id, self._workload)
+        auditor = Auditor(folder, tensors) if folder is not None else None
         common = (self._transport, tensors, self._store, nursery)
         runners = self._runners
         membership = MembershipActor(
@@ -184,7 +187,7 @@ class Node:
             fail=self._fail,
             finish=self._finished.set,
         )
-        exchange = ExchangeActor(*common, runners["exchange"].post, runners["exchange"].retract)
+        exchange = ExchangeActor(*common, runners["exchange"].post, runners["exchange"].retract, auditor)
         checkpoint = CheckpointActor(*common, runners["checkpoint"].post, runners["checkpoint"].retract)
         checkpoint.served_round = self._workload.round
         self._store.on_taken = lambda round: self._post("training", ContributionTaken(round=round))
@@ -202,6 +205,7 @@ class Node:
             fail=self._fail,
             serve_round=serve_round,
             save=self._save,
+            auditor=auditor,
         )
         actors: dict[ActorName, Performer] = {
             "membership": membership,
@@ -227,7 +231,7 @@ class Node:
             case Denied(peer=peer, address=address):
                 self._runners["membership"].offer(DoorClosed(peer=peer, address=address))
             case Reachable(peer=peer, reachable=reachable):
-                self._runners["membership"].offer(Reached(peer=peer, reachable=reachable))
+                self._post("membership", Reached(peer=peer, reachable=reachable))  # our own connections: never lost
             case Violation(peer=peer, plane=plane, reason=reason, count=count, shut_out=shut_out):
                 event = Offended(peer=peer, plane=plane, reason=reason[:1024], times=count, shut_out=shut_out)
                 self._runners["membership"].offer(event)

@@ -5,28 +5,36 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
+from prime_async.actors.groups import single_errors
 from prime_async.config.schema import Config
 from prime_async.config.template import node_toml
 from prime_async.errors import EnvironmentFault
-from prime_async.machines.facts import Fact
+from prime_async.machines.facts import Fact, RoundFinished
 from prime_async.node.meter import Meter
 
+F = TypeVar("F")
 GRACE_S = 8.0
 """How long a process has to end by itself before it is killed."""
+
+PATIENCE_S = 15.0
+"""How long one that was started again may still be on its way when the others are done."""
 
 
 @dataclass(slots=True)
 class Child:
-    """One node process, and what it has told so far."""
+    """One node process, and what it has told so far.
+
+    The meter, and what was sent, go on from those of the process ``before`` it, if a node was started again.
+    """
 
     name: str
     directory: Path
@@ -34,10 +42,15 @@ class Child:
     meter: Meter = field(default_factory=Meter)
     contact: str = ""
     parameters: int = 0
+    sent_before: int = 0
+    tokens_before: int = 0
     bytes_sent: int = 0
     state: str = "starting"
+    has_ended: bool = False  # it tells no more
     started: trio.Event = field(default_factory=trio.Event)
     facts: list[Fact] = field(default_factory=list)
+    lost_tokens: int = 0  # when it last finished a round: what it had trained on that no round counts
+    _changed: trio.Event = field(default_factory=trio.Event)
 
     def take(self, item: dict[str, Any]) -> None:
         """One line of its output."""
@@ -46,13 +59,31 @@ class Child:
                 self.contact, self.parameters, self.state = item["contact"], item["parameters"], "joining"
                 self.started.set()
             case "traffic":
-                self.bytes_sent = item["sent"]
+                self.bytes_sent = self.sent_before + item["sent"]
             case _:
                 fact: Fact = msgspec.convert(item, Fact)
                 self.meter.add(fact, trio.current_time())
                 self.state = STATES.get(item["type"], self.state)
                 if item["type"] != "inner_step_done":
                     self.facts.append(fact)
+                if isinstance(fact, RoundFinished):
+                    self.lost_tokens = (
+                        self.meter.tokens - self.tokens_before - sum(f.tokens for f in self.told(RoundFinished))
+                    )
+
+    def told(self, kind: type[F]) -> list[F]:
+        """The facts of one kind, the first one first. (Of inner steps, only the meter is kept.)"""
+        return [fact for fact in self.facts if isinstance(fact, kind)]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until ``condition`` holds, which is looked at whenever the node tells something."""
+        while not condition():
+            await self._changed.wait()
+
+    def tell(self) -> None:
+        """There is something new."""
+        self._changed.set()
+        self._changed = trio.Event()
 
     @property
     def error_output(self) -> str:
@@ -75,15 +106,18 @@ def _log_path(directory: Path) -> Path:
 
 
 @asynccontextmanager
-async def node_process(config: Config, directory: Path, on_change: Callable[[], None]) -> AsyncIterator[Child]:
+async def node_process(
+    config: Config, directory: Path, on_change: Callable[[], None], before: Child | None = None
+) -> AsyncIterator[Child]:
     """Run ``prime-async run`` on ``config``, written to ``directory``, for as long as the block lasts.
 
     The process ends with the block, whatever ends that: its stdin is closed, which stops the node at once, and if that
-    is not enough it is killed. If we are killed ourselves, the system closes its stdin.
+    is not enough it is killed. If we are killed ourselves, the system closes its stdin. ``before``: a process of the
+    same node that has ended.
     """
     path = directory / "node.toml"
     path.write_text(node_toml(config), encoding="utf-8")
-    with _log_path(directory).open("wb") as log:
+    with _log_path(directory).open("ab" if before else "wb") as log:
         process = await trio.lowlevel.open_process(
             [sys.executable, "-m", "prime_async", "run", str(path), "--events", "--stop-on-eof"],
             stdin=subprocess.PIPE,
@@ -92,6 +126,9 @@ async def node_process(config: Config, directory: Path, on_change: Callable[[], 
             start_new_session=True,  # Ctrl-C is ours to pass on
         )
     child = Child(config.node.name, directory, process)
+    if before is not None:
+        child.meter, child.tokens_before = before.meter, before.meter.tokens
+        child.sent_before = child.bytes_sent = before.bytes_sent
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_listen, child, on_change)
@@ -108,7 +145,10 @@ async def _listen(child: Child, on_change: Callable[[], None]) -> None:
         *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
             child.take(json.loads(line))
+        child.tell()
         on_change()
+    child.has_ended = True
+    child.tell()
 
 
 async def _end(process: trio.Process) -> None:
@@ -130,6 +170,18 @@ async def wait_for(child: Child) -> None:
             f"node {child.name} ended with exit status {code}. Its last words:\n{child.error_output}"
         )
     child.state = "done"
+
+
+async def wait_for_all(children: Sequence[Child], late: Child | None = None) -> None:
+    """Until all have ended well; ``late``, which may never come to an end, is waited for a little longer than them."""
+    with single_errors():
+        async with trio.open_nursery() as nursery:
+            for child in children:
+                if child is not late:
+                    nursery.start_soon(wait_for, child)
+    if late is not None:
+        with trio.move_on_after(PATIENCE_S):
+            await wait_for(late)
 
 
 async def wait_started(child: Child) -> None:
