@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn, TypeAlias, TypeVar
 
 import cbor2
 import msgspec
+from blake3 import blake3
 from msgspec import Meta, Struct
 
 from prime_async.errors import ProtocolError
@@ -65,13 +66,15 @@ class Member(Struct, frozen=True, kw_only=True):
 class Commit(Struct, frozen=True, kw_only=True):
     """The means of this attempt are those of ``round``.
 
-    ``digest`` is over the digests of the means, in chunk order; ``chain`` = BLAKE3(previous chain, digest). ``view``:
-    the number of the view over which the bitmaps in the means' headers are.
+    ``state`` is the digest of the outer state that they are applied to; ``digest`` is over the digests of the means, in
+    chunk order; ``chain`` = BLAKE3(previous chain, state, digest). ``view``: the number of the view over which the
+    bitmaps in the means' headers are.
     """
 
     round: Count
     epoch: Count
     attempt: Count
+    state: Digest
     digest: Digest
     chain: Digest
     view: Count
@@ -145,14 +148,13 @@ class Hello(Struct, frozen=True, kw_only=True, tag_field="t", tag="hello"):
 class Welcome(Struct, frozen=True, kw_only=True, tag_field="t", tag="welcome"):
     """The leader of ``epoch`` answers: the node is in ``view``, which is decided.
 
-    The outer state after ``round`` rounds has ``state_digest``, and ``provider`` holds it.
+    The leader's outer state, after ``round`` rounds, has ``state_digest``.
     """
 
     epoch: Count
     view: View
     round: Count
     state_digest: Digest
-    provider: NodeId
 
 
 class Redirect(Struct, frozen=True, kw_only=True, tag_field="t", tag="redirect"):
@@ -368,8 +370,9 @@ class Rate(Struct, frozen=True, kw_only=True):
 
 
 class Have(Struct, frozen=True, kw_only=True, tag_field="t", tag="have"):
-    """A member holds every mean of this attempt; ``digest`` is over the digests of all of them, in chunk order.
+    """A member holds every mean of this attempt, safe from its crash.
 
+    ``digest`` is over the digests of all of them, in chunk order; ``state``: of the outer state that they are for.
     ``received_per_s``: bytes, what it took in while it fetched contributions, 0 if it fetched none; ``rates``: from
     some of those that it fetched from.
     """
@@ -377,6 +380,7 @@ class Have(Struct, frozen=True, kw_only=True, tag_field="t", tag="have"):
     round: Count
     epoch: Count
     attempt: Count
+    state: Digest
     digest: Digest
     incarnation: Count
     received_per_s: Count = 0
@@ -389,25 +393,49 @@ class Behind(Struct, frozen=True, kw_only=True, tag_field="t", tag="behind"):
     round: Count
 
 
+# --- the ledger -----------------------------------------------------------------------------------------------------
+
+
+class AskLedger(Struct, frozen=True, kw_only=True, tag_field="t", tag="ask_ledger"):
+    """A node that is behind to every member: what do you have on disk?"""
+
+
+class Holdings(Struct, frozen=True, kw_only=True, tag_field="t", tag="holdings"):
+    """The answer to ``AskLedger``: the outer state here is after ``round`` rounds.
+
+    Records and settled means are here of the rounds from ``means_from`` to the one before ``round``; ``snapshots`` are
+    the rounds of which the whole outer state is on disk, ascending.
+    """
+
+    round: Count
+    means_from: Count
+    snapshots: Annotated[tuple[Count, ...], Meta(max_length=256)] = ()
+
+
 Message: TypeAlias = (
     Hello | Welcome | Redirect | Refuse | Heartbeat | HeartbeatAck | Propose | Accepted | AskView | ViewUpdate
     | PreVote | Support | Prepare | Promise | Outvoted | Goodbye
     | Ready | Plan | Open | Ask | Held | Have | Behind
+    | AskLedger | Holdings
 )  # fmt: skip
 """Every message of the control plane."""
 
 RoundMessage: TypeAlias = Ready | Plan | Open | Ask | Held | Have | Behind
 """Those that concern the exchange of a round."""
 
+LedgerMessage: TypeAlias = AskLedger | Holdings
+"""Those that concern what nodes have on disk."""
 
-ChunkKind: TypeAlias = Literal["contribution", "mean", "state"]
+
+ChunkKind: TypeAlias = Literal["contribution", "mean", "state", "manifest", "record"]
 
 
 class ChunkKey(Struct, frozen=True, kw_only=True, order=True):
-    """Names immutable bytes: ``contribution/round/chunk``, ``mean/round/chunk/(epoch, attempt)`` or
-    ``state/round/chunk``.
+    """Names immutable bytes: ``contribution/round/chunk``, ``mean/round/chunk/(epoch, attempt)``,
+    ``state/round/chunk``, ``manifest/round/0`` or ``record/round/0``.
 
-    A contribution's name does not hold the node, since it is asked of the node whose it is.
+    A contribution's name does not hold the node, since it is asked of the node whose it is. A manifest is an encoded
+    :class:`Manifest`, a record an encoded :class:`Record`.
     """
 
     kind: ChunkKind
@@ -427,6 +455,42 @@ class ChunkInfo(Struct, frozen=True, kw_only=True):
     digest: Digest
     contributors: Bitmap = b""
     total_weight: Count = 0
+
+
+class Manifest(Struct, frozen=True, kw_only=True, tag_field="t", tag="manifest"):
+    """The digests of all ``state`` chunks of an outer state, 32 bytes each, in chunk order.
+
+    ``commit``: of the round before ``round``, ``None`` if that is the first.
+    """
+
+    round: Count
+    chunks: bytes
+    commit: Commit | None = None
+
+
+class Included(Struct, frozen=True, kw_only=True):
+    """The next ``chunks`` chunks have these ``contributors``, of this weight together, in their means."""
+
+    chunks: Count
+    contributors: Bitmap
+    total_weight: Count
+
+
+class Record(Struct, frozen=True, kw_only=True, tag_field="t", tag="record"):
+    """A committed round in the ledger, without its means.
+
+    ``previous`` is the chain before the commit; ``means``: the digests of the settled means, 32 bytes each, in chunk
+    order; ``included``: who is in them, run by run.
+    """
+
+    commit: Commit
+    previous: Digest
+    means: bytes
+    included: tuple[Included, ...]
+
+
+Payload: TypeAlias = Record | Manifest
+"""What is encoded in payloads of the bulk plane. (As one of a union: a type alone would be read without its tag.)"""
 
 
 class Get(Struct, frozen=True, kw_only=True, tag_field="t", tag="get"):
@@ -505,6 +569,19 @@ def decode(data: bytes, kind: Any, *, limit: int = MAX_CONTROL_BYTES) -> Any:
         return msgspec.convert(tree, kind, builtin_types=(bytes,))
     except (cbor2.CBORError, msgspec.ValidationError, ValueError, TypeError, RecursionError) as error:
         raise ProtocolError(f"not a valid {getattr(kind, '__name__', 'message')}: {error}") from error
+
+
+FIRST_CHAIN: Final = bytes(DIGEST_BYTES)
+
+
+def next_chain(chain: bytes, state: bytes, digest: bytes) -> bytes:
+    """The chain after a commit of ``digest`` over ``state``: BLAKE3 of the three, 32 bytes each, joined."""
+    return blake3(chain + state + digest).digest()
+
+
+def state_digest(round: int, chunk_digests: bytes) -> bytes:
+    """Of the outer state after ``round`` rounds whose chunks have these digests, 32 bytes each, in chunk order."""
+    return blake3(round.to_bytes(8, "little") + chunk_digests).digest()
 
 
 def bitmap(positions: list[int] | tuple[int, ...]) -> bytes:

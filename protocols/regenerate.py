@@ -24,10 +24,18 @@ from blake3 import blake3
 from prime_async.config.schema import OuterSettings
 from prime_async.errors import NonFiniteError
 from prime_async.ledger import StoredBallot
+from prime_async.ledger.means_format import (
+    FORMAT,
+    Contents,
+    MeansHeader,
+    Settled,
+    encode_item,
+    encode_means_header,
+    slots,
+)
 from prime_async.log import LOG_VERSION, LogHeader, LogRecord, MachineSettings, effects_digest
 from prime_async.machines.ballot import Ballot, apply_change, is_quorum, view_digest
 from prime_async.machines.checkpoint import CheckpointSettings
-from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
 from prime_async.machines.exchange import ExchangeSettings
 from prime_async.machines.leadership import ContactPoint, MembershipSettings
 from prime_async.machines.owners import assign
@@ -39,6 +47,7 @@ from prime_async.machines.vocabulary import (
     BallotStored,
     Begin,
     ChunkImported,
+    ChunkStored,
     CommitReady,
     ContributionFixed,
     ContributionTaken,
@@ -54,14 +63,23 @@ from prime_async.machines.vocabulary import (
     Heard,
     Imported,
     Leave,
+    LedgerAt,
+    LedgerFailed,
+    ManifestRead,
     MeansCommitted,
+    MeansStored,
     Offended,
     Progress,
     Reached,
+    RecordRead,
     Reduced,
     Restored,
+    RoundOpened,
+    RoundStored,
     RunAt,
     Saved,
+    SnapshotOpened,
+    SnapshotStored,
     StateAt,
     StepsDone,
     Tick,
@@ -70,8 +88,10 @@ from prime_async.machines.vocabulary import (
     Weighed,
 )
 from prime_async.messages import (
+    FIRST_CHAIN,
     Accepted,
     Ask,
+    AskLedger,
     AskView,
     Behind,
     Change,
@@ -87,7 +107,12 @@ from prime_async.messages import (
     Held,
     HeldMean,
     Hello,
+    Holdings,
+    Included,
+    LedgerMessage,
+    Manifest,
     Member,
+    Message,
     Missing,
     Open,
     Outvoted,
@@ -98,6 +123,7 @@ from prime_async.messages import (
     Propose,
     Rate,
     Ready,
+    Record,
     Redirect,
     Refuse,
     RoundMessage,
@@ -109,6 +135,7 @@ from prime_async.messages import (
     Withdraw,
     bitmap,
     encode,
+    next_chain,
     positions,
 )
 from prime_async.work.codec import CodecName, as_bytes, as_tensor, make_codec
@@ -160,8 +187,20 @@ FULL = Member(
     witness=True,
 )
 LINEAGE = blake3(b"the founding").digest()
-COMMIT = Commit(round=11, epoch=1, attempt=0, digest=D1, chain=next_chain(FIRST_CHAIN, D1), view=1)
-FULL_COMMIT = Commit(round=MOST, epoch=MOST, attempt=MOST, digest=D2, chain=D2, view=MOST)
+MEANS = b"".join(blake3(bytes([chunk])).digest() for chunk in range(3))
+"""The digests of the three means of a round."""
+S11, M11 = blake3(b"a state").digest(), blake3(MEANS).digest()
+COMMIT = Commit(round=11, epoch=1, attempt=0, state=S11, digest=M11, chain=next_chain(FIRST_CHAIN, S11, M11), view=1)
+RECORD = Record(
+    commit=COMMIT,
+    previous=FIRST_CHAIN,
+    means=MEANS,
+    included=(
+        Included(chunks=2, contributors=bitmap([0, 1]), total_weight=98304),
+        Included(chunks=1, contributors=bitmap([1]), total_weight=32768),
+    ),
+)
+FULL_COMMIT = Commit(round=MOST, epoch=MOST, attempt=MOST, state=D2, digest=D2, chain=D2, view=MOST)
 FOUNDED = View(lineage=LINEAGE, epoch=1, number=1, previous=bytes(32), leader=B, members=(BERT,))
 JOINING = Change(epoch=1, leader=B, members=(ANNA,), commit=COMMIT)
 VIEW = apply_change(FOUNDED, JOINING)
@@ -206,8 +245,8 @@ def control_cases() -> list[tuple[str, Any]]:
             ),
         ),
         ("hello_again", Hello(protocol=1, run_id=D1, settings=SETTINGS, member=ANNA, lineage=LINEAGE, view=2)),
-        ("welcome", Welcome(epoch=1, view=VIEW, round=12, state_digest=D1, provider=B)),
-        ("welcome_least", Welcome(epoch=0, view=EMPTY_VIEW, round=0, state_digest=D0, provider="n")),
+        ("welcome", Welcome(epoch=1, view=VIEW, round=12, state_digest=D1)),
+        ("welcome_least", Welcome(epoch=0, view=EMPTY_VIEW, round=0, state_digest=D0)),
         ("redirect", Redirect(leader=B, control=BERT.control)),
         ("redirect_least", Redirect(leader="n", control="")),
         ("refuse_other_protocol", Refuse(reason="other_protocol", text="this run speaks protocol 1")),
@@ -373,19 +412,24 @@ def control_cases() -> list[tuple[str, Any]]:
                 round=12,
                 epoch=1,
                 attempt=0,
+                state=D0,
                 digest=D1,
                 incarnation=1700000000000,
                 received_per_s=12_500_000,
                 rates=(Rate(position=0, bytes_per_s=9_000_000), Rate(position=17, bytes_per_s=0)),
             ),
         ),
-        ("have_without_measurements", Have(round=12, epoch=1, attempt=0, digest=D1, incarnation=1700000000000)),
+        (
+            "have_without_measurements",
+            Have(round=12, epoch=1, attempt=0, state=D0, digest=D1, incarnation=1700000000000),
+        ),
         (
             "have_most",
             Have(
                 round=MOST,
                 epoch=MOST,
                 attempt=MOST,
+                state=D2,
                 digest=D2,
                 incarnation=MOST,
                 received_per_s=MOST,
@@ -394,6 +438,10 @@ def control_cases() -> list[tuple[str, Any]]:
         ),
         ("behind", Behind(round=13)),
         ("behind_most", Behind(round=MOST)),
+        ("ask_ledger", AskLedger()),
+        ("holdings", Holdings(round=12, means_from=3, snapshots=(0, 10))),
+        ("holdings_without_a_snapshot", Holdings(round=12, means_from=12)),
+        ("holdings_most", Holdings(round=MOST, means_from=MOST, snapshots=(MOST,) * 256)),
     ]
 
 
@@ -405,6 +453,8 @@ def bulk_cases() -> list[tuple[str, Any]]:
         ("get_mean", Get(id=2, key=mean, wait_ms=3_600_000)),
         ("get_settled_mean", Get(id=3, key=ChunkKey(kind="mean", round=12, chunk=3), wait_ms=7500)),
         ("get_state", Get(id=MOST, key=ChunkKey(kind="state", round=0, chunk=0), wait_ms=0)),
+        ("get_manifest", Get(id=4, key=ChunkKey(kind="manifest", round=12, chunk=0), wait_ms=60000)),
+        ("get_record", Get(id=5, key=ChunkKey(kind="record", round=11, chunk=0), wait_ms=60000)),
         ("found_contribution", Found(id=1, info=ChunkInfo(digest=D1), size=1040)),
         (
             "found_mean",
@@ -419,6 +469,27 @@ def bulk_cases() -> list[tuple[str, Any]]:
         ("missing_yet", Missing(id=2, gone=False)),
         ("withdraw", Withdraw(id=1)),
         ("withdraw_most", Withdraw(id=MOST)),
+    ]
+
+
+def ledger_payload_cases() -> list[tuple[str, Any]]:
+    """Name and value of every golden payload that is CBOR."""
+    chunks = b"".join(blake3(bytes([chunk, chunk])).digest() for chunk in range(3))
+    return [
+        ("manifest", Manifest(round=12, chunks=chunks, commit=COMMIT)),
+        ("manifest_of_the_first_state", Manifest(round=0, chunks=chunks)),
+        ("manifest_most", Manifest(round=MOST, chunks=D2 * 64, commit=FULL_COMMIT)),
+        ("record", RECORD),
+        ("record_of_no_chunks", Record(commit=COMMIT, previous=D0, means=b"", included=())),
+        (
+            "record_most",
+            Record(
+                commit=FULL_COMMIT,
+                previous=D2,
+                means=D2 * 64,
+                included=(Included(chunks=MOST, contributors=b"\xff" * 8192, total_weight=MOST),),
+            ),
+        ),
     ]
 
 
@@ -467,6 +538,22 @@ def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
             Get(id=1, key=ChunkKey(kind="state", round=2, chunk=3), wait_ms=5),
         ),
         ("withdraw_with_an_unknown_field", "bulk", Withdraw(id=9), {"why": "late"}, Withdraw(id=9)),
+        (
+            "holdings_without_an_optional_field",
+            "control",
+            Holdings(round=3, means_from=1),
+            {"snapshots": "LEFT OUT"},
+            Holdings(round=3, means_from=1),
+        ),
+        ("ask_ledger_with_an_unknown_field", "control", AskLedger(), {"rounds": [3, 9]}, AskLedger()),
+        (
+            "manifest_without_a_commit",
+            "records",
+            Manifest(round=0, chunks=D1),
+            {"commit": "LEFT OUT"},
+            Manifest(round=0, chunks=D1),
+        ),
+        ("record_with_an_unknown_field", "records", RECORD, {"loss": 2.5}, RECORD),
     ]
 
 
@@ -491,6 +578,12 @@ def changed(message: Any, **fields: Any) -> bytes:
     return cbor2.dumps({k: v for k, v in tree.items() if v != "LEFT OUT"}, canonical=True)
 
 
+def commit_without(view: View, field: str) -> dict[str, Any]:
+    """The map of a view, without a field of its commit."""
+    tree: dict[str, Any] = msgspec.to_builtins(view, builtin_types=(bytes,))
+    return tree | {"commit": {k: v for k, v in tree["commit"].items() if k != field}}
+
+
 def control_rejects() -> list[tuple[str, str, bytes, bool]]:
     """(name, reason, bytes, whether CDDL has no way to say so)."""
     beat = Heartbeat(incarnation=1, epoch=1, view=2, round=3, state_digest=D1)
@@ -502,7 +595,8 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
     propose = Propose(epoch=1, number=2, digest=D1)
     opened = Open(epoch=2, round=12, incarnation=1, plan=PLAN)
     support = Support(epoch=2, incarnations=(1,))
-    have = Have(round=1, epoch=1, attempt=0, digest=D1, incarnation=1)
+    have = Have(round=1, epoch=1, attempt=0, state=D0, digest=D1, incarnation=1)
+    holdings = Holdings(round=12, means_from=3)
     return [
         # What is not one item, or cut off.
         ("trailing_byte", "a byte after the message", READY + b"\x00", True),
@@ -637,6 +731,16 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
             changed(have, rates=[{"position": 0, "bytes_per_s": 0}] * 65),
             False,
         ),
+        ("have_without_a_state", "means of which state?", changed(have, state="LEFT OUT"), False),
+        (
+            "commit_without_a_state",
+            "a commit names the state that it is about",
+            changed(update, view=commit_without(VIEW, "state")),
+            False,
+        ),
+        ("too_many_snapshots", "257 snapshots", changed(holdings, snapshots=[0] * 257), False),
+        ("holdings_without_means", "no first round", changed(holdings, means_from="LEFT OUT"), False),
+        ("payload_as_a_message", "a record's place is the other plane", encode(RECORD), False),
         ("long_lineage", "a lineage of 33 bytes", changed(hello, lineage=bytes(33)), False),
         ("negative_in_array", "weights are not negative", changed(plan, weights=[-1]), False),
         ("two_to_the_63", "counts are below 2^63", ready(b"\x1b\x80" + bytes(7)), False),
@@ -674,6 +778,34 @@ def bulk_rejects() -> list[tuple[str, str, bytes, bool]]:
         ("gone_is_a_number", "1 is not true", changed(missing, gone=1), False),
         ("withdraw_without_id", "withdraw what?", changed(Withdraw(id=1), id="LEFT OUT"), False),
         ("unsorted", "keys out of order", b"\xa2\x62id\x01" + T + b"\x68withdraw", True),
+    ]
+
+
+def ledger_payload_rejects() -> list[tuple[str, str, bytes, bool]]:
+    manifest = Manifest(round=12, chunks=D0, commit=COMMIT)
+    included = msgspec.to_builtins(RECORD.included[0], builtin_types=(bytes,))
+    return [
+        ("message", "a heartbeat's place is the other plane", encode(HeartbeatAck(epoch=1, view=1)), False),
+        ("bytes_after_a_record", "a second record after the first", encode(RECORD) * 2, True),
+        ("record_without_a_commit", "it is of a committed round", changed(RECORD, commit=None), False),
+        ("short_previous", "a chain of 31 bytes", changed(RECORD, previous=bytes(31)), False),
+        ("means_in_an_array", "digests are joined", changed(RECORD, means=[D0, D1]), False),
+        ("included_is_a_map", "runs are an array", changed(RECORD, included=included), False),
+        (
+            "negative_chunks",
+            "a run of fewer than no chunks",
+            changed(RECORD, included=[included | {"chunks": -1}]),
+            False,
+        ),
+        (
+            "bitmap_too_long",
+            "a bitmap of 8193 bytes",
+            changed(RECORD, included=[included | {"contributors": bytes(8193)}]),
+            False,
+        ),
+        ("manifest_without_chunks", "nothing to verify with", changed(manifest, chunks="LEFT OUT"), False),
+        ("chunks_are_text", "digests are bytes", changed(manifest, chunks="00" * 32), False),
+        ("keys_not_sorted", "keys out of order", b"\xa3" + T + b"\x68manifest\x66chunks\x40\x65round\x00", True),
     ]
 
 
@@ -734,11 +866,20 @@ def machine_settings() -> MachineSettings:
             heartbeat_s=0.5,
             failure_timeout_s=10.0,
             ballot=BALLOT,
+            tip=COMMIT,
         ),
         exchange=ExchangeSettings(me=A, chunk_count=3, straggler_timeout_s=30.0, fetch_timeout_s=60.0),
-        checkpoint=CheckpointSettings(chunk_count=3),
+        checkpoint=CheckpointSettings(
+            me=A, chunk_count=3, mean_bytes=3072, state_bytes=24576, snapshot_every=10, keep_snapshots=2, keep_rounds=20
+        ),
         training=TrainingSettings(me=A, inner_steps=500, rounds=10),
     )
+
+
+def actor_of(message: Message) -> ActorName:
+    if isinstance(message, LedgerMessage):
+        return "checkpoint"
+    return "exchange" if isinstance(message, RoundMessage) else "membership"
 
 
 def log_events() -> list[tuple[ActorName, Event]]:
@@ -750,19 +891,19 @@ def log_events() -> list[tuple[ActorName, Event]]:
     of_mean = ChunkInfo(digest=D2, contributors=bitmap([0, 1]), total_weight=98304)
     heard: list[tuple[ActorName, Event]] = [
         (
-            "exchange" if isinstance(message, RoundMessage) else "membership",
+            actor_of(message),
             Heard(peer=B, message=message),
         )
         for name, message in control_cases()
         if name in {m.__struct_config__.tag for _, m in control_cases()} | {"refuse_diverged"}
     ]
     return [
-        ("training", StateAt(round=12, digest=D1)),
+        ("training", StateAt(round=12, digest=D1, chain=COMMIT.chain)),
         ("membership", Tick()),
         *heard,
         ("membership", DoorClosed(peer=C, address="tcp://192.0.2.3:7700")),
         ("membership", Offended(peer=C, plane="bulk", reason="a message without frames", times=3, shut_out=True)),
-        ("checkpoint", RunAt(round=13, digest=D2, provider=B)),
+        ("checkpoint", RunAt(round=13, digest=D2)),
         ("exchange", ViewChanged(view=VIEW)),
         ("membership", Reached(peer=C, reachable=True)),
         ("membership", Reached(peer=C, reachable=False)),
@@ -778,6 +919,21 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("checkpoint", ChunkImported(key=state)),
         ("checkpoint", FetchFailed(peer=B, key=state, fault="gone")),
         ("checkpoint", Imported(round=13, digest=D2)),
+        ("checkpoint", LedgerAt()),
+        (
+            "checkpoint",
+            LedgerAt(snapshots=(0, 10), means=(9, 10, 11), partials=(5,), pending=12, pending_digest=D2),
+        ),
+        ("checkpoint", RecordRead(peer=B, record=RECORD)),
+        ("checkpoint", ManifestRead(peer=B, round=12, digest=D1, commit=COMMIT, differing=(0, 2))),
+        ("checkpoint", ManifestRead(peer=B, round=0, digest=D1, commit=None, differing=())),
+        ("checkpoint", RoundOpened(round=11, missing=(1, 2))),
+        ("checkpoint", SnapshotOpened(round=10, missing=())),
+        ("checkpoint", ChunkStored(key=state)),
+        ("checkpoint", RoundStored(round=11)),
+        ("checkpoint", SnapshotStored(round=10)),
+        ("checkpoint", LedgerFailed(round=11, damaged=True, text="chunk 2 is not what it was")),
+        ("checkpoint", LedgerFailed(round=12, damaged=False, text="no space left on device")),
         ("training", Begin(round=13)),
         ("training", StepsDone(steps=500, tokens=65536, seconds=12.75)),
         ("training", Encoded(round=12, finite=True)),
@@ -789,8 +945,9 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("exchange", FetchFailed(peer=B, key=mean, fault="invalid")),
         ("exchange", Reduced(key=mean, info=of_mean)),
         ("exchange", Reduced(key=mean, info=of_mean, left_out=(C,))),
-        ("training", MeansCommitted(round=12, position=1)),
-        ("training", MeansCommitted(round=12, position=-1)),
+        ("exchange", MeansStored(round=12, epoch=1, attempt=2)),
+        ("training", MeansCommitted(round=12, position=1, chain=D1)),
+        ("training", MeansCommitted(round=12, position=-1, chain=D1)),
         ("training", Applied(round=13, digest=D2)),
         ("training", Evaluated(loss=1.999)),
         ("training", Evaluated(loss=LOSS_NAN)),
@@ -977,9 +1134,16 @@ def value_rejects() -> list[dict[str, Any]]:
 
 def digest_vectors() -> dict[str, Any]:
     chain, chains = FIRST_CHAIN, []
-    for digest in (D1, D2, D0):
-        following = next_chain(chain, digest)
-        chains.append({"previous_hex": chain.hex(), "digest_hex": digest.hex(), "chain_hex": following.hex()})
+    for state, digest in ((D0, D1), (D1, D2), (D1, D0)):
+        following = next_chain(chain, state, digest)
+        chains.append(
+            {
+                "previous_hex": chain.hex(),
+                "state_hex": state.hex(),
+                "digest_hex": digest.hex(),
+                "chain_hex": following.hex(),
+            }
+        )
         chain = following
     payloads = [b"", b"\x00", bytes(range(251)) * 5]
     means = [blake3(p).digest() for p in payloads]
@@ -1129,6 +1293,43 @@ def ballot_vectors() -> list[dict[str, Any]]:
     return out
 
 
+def ledger_vectors() -> list[dict[str, Any]]:
+    """Files of means: whole, what is in the slots, and the items behind them."""
+    three = [bytes([chunk]) for chunk in range(3)]  # of which RECORD is
+    uneven = [b"\x01\x02\x03\x04", b"\x05\x06\x07\x08", b"\x09"]
+    of_all = (Included(chunks=3, contributors=bitmap([0, 8]), total_weight=MOST),)
+    of_nobody = (Included(chunks=1, contributors=b"", total_weight=0),)
+    cases: list[tuple[str, int, list[bytes], tuple[Included, ...], Commit | None]] = [
+        ("settled", COMMIT.round, three, RECORD.included, COMMIT),
+        ("not_settled", COMMIT.round, three, RECORD.included, None),
+        ("slots_of_two_sizes", 0, uneven, of_all, None),
+        ("one_chunk", MOST, [bytes(range(9))], of_nobody, None),
+    ]
+    out = []
+    for name, round, payloads, included, commit in cases:
+        contents = Contents(
+            format=FORMAT,
+            run_id=D1,
+            round=round,
+            slots=slots(map(len, payloads)),
+            means=b"".join(blake3(p).digest() for p in payloads),
+            included=included,
+        )
+        values: list[Contents | Settled] = [contents]
+        if commit is not None:
+            values.append(Settled(contents=blake3(encode(contents)).digest(), commit=commit, previous=FIRST_CHAIN))
+        header = encode_means_header(MeansHeader(D1, sum(map(len, payloads))))
+        out.append(
+            {
+                "name": name,
+                "file_hex": b"".join([header, *payloads, *map(encode_item, values)]).hex(),
+                "payloads_hex": [p.hex() for p in payloads],
+                "items": [{"cbor_hex": encode(v).hex(), "value": value_of(v)} for v in values],
+            }
+        )
+    return out
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -1183,13 +1384,16 @@ def files() -> dict[str, bytes]:
     documents = {
         "vectors/control.json": message_vectors("control", control_cases()),
         "vectors/bulk.json": message_vectors("bulk", bulk_cases()),
+        "vectors/records.json": message_vectors("records", ledger_payload_cases()),
         "vectors/every-event.json": [{"cbor_hex": encode(i).hex(), "value": value_of(i)} for i in items],
         "vectors/ballot.json": ballot_vectors(),
+        "vectors/ledger.json": ledger_vectors(),
         "vectors/codec.json": codec_vectors(),
         "vectors/mean.json": mean_vectors(),
         "vectors/digests.json": digest_vectors(),
         "rejected/control.json": reject_vectors("control", control_rejects()),
         "rejected/bulk.json": reject_vectors("bulk", bulk_rejects()),
+        "rejected/records.json": reject_vectors("records", ledger_payload_rejects()),
         "rejected/log.json": log_rejects(),
         "rejected/payloads.json": payload_rejects(),
         "rejected/values.json": value_rejects(),

@@ -30,17 +30,30 @@ from prime_async.machines.vocabulary import (
     Forget,
     Heard,
     MeansCommitted,
+    MeansStored,
     Reduce,
     Reduced,
     Send,
     Settle,
     StateAt,
+    StoreMeans,
     Tell,
     Tick,
     ViewChanged,
     WakeAt,
 )
-from prime_async.messages import ChunkInfo, ChunkKey, Commit, Have, Member, Message, View, bitmap, positions
+from prime_async.messages import (
+    FIRST_CHAIN,
+    ChunkInfo,
+    ChunkKey,
+    Commit,
+    Have,
+    Member,
+    Message,
+    View,
+    bitmap,
+    positions,
+)
 from tests.machine_harness import full_member, member, view
 
 FAILURE_S = 10.0
@@ -93,7 +106,7 @@ class Cluster:
         self.views = [view(1, *(self._member(n, active=True) for n in self.nodes.values()))]
         for node in self.nodes.values():
             self._show(node)
-            self._give(node, StateAt(round=0, digest=bytes(32)))
+            self._give(node, StateAt(round=0, digest=bytes(32), chain=FIRST_CHAIN))
             self._train(node)
 
     # --- what a test does ---------------------------------------------------------------------------------------
@@ -206,7 +219,7 @@ class Cluster:
         ahead = max((n.round for n in self.nodes.values() if n.alive and n is not node), default=0)
         if node.machine.round is None or ahead > node.round:
             node.round = ahead
-            self._give(node, StateAt(round=node.round, digest=bytes(32)))
+            self._give(node, StateAt(round=node.round, digest=bytes(32), chain=self._chain(node.round)))
             self._train(node)
         listed = self.view.member(node.id)
         if listed is not None and listed.incarnation == node.incarnation and not listed.active:
@@ -257,6 +270,9 @@ class Cluster:
                 self._hold(node, key, node.store[found])
             case Settle():
                 self._settle(node, effect)
+            case StoreMeans(round=round, epoch=epoch, attempt=attempt):
+                stored = MeansStored(round=round, epoch=epoch, attempt=attempt)
+                self._after(self._delay(), lambda: self._give(node, stored))
             case Forget(means_before=means, contributions_before=contributions):
                 oldest = {"mean": means, "contribution": contributions}
                 node.store = {k: v for k, v in node.store.items() if k.round >= oldest[k.kind]}
@@ -271,6 +287,11 @@ class Cluster:
                     self._after(3.0, lambda: self._import(node))
             case _:
                 pass
+
+    def _chain(self, round: int) -> bytes:
+        """Of the commits before ``round``."""
+        commits = [v.commit for v in self.views if v.commit is not None and v.commit.round == round - 1]
+        return commits[0].chain if commits else FIRST_CHAIN
 
     def _tick(self, node: Node, at: float) -> None:
         if node.wake == at:
@@ -344,7 +365,7 @@ class Cluster:
     def _applied(self, node: Node, round: int) -> None:
         if node.alive and node.round < round:
             node.round = round
-            self._give(node, StateAt(round=round, digest=bytes(32)))
+            self._give(node, StateAt(round=round, digest=bytes(32), chain=self._chain(round)))
             self._train(node)
 
     # --- chunks between nodes -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import Fact
@@ -30,6 +30,7 @@ from prime_async.machines.vocabulary import (
     WakeAt,
 )
 from prime_async.messages import (
+    FIRST_CHAIN,
     Accepted,
     Heartbeat,
     Hello,
@@ -44,7 +45,7 @@ from prime_async.messages import (
     decode,
     encode,
 )
-from tests.machine_harness import full_member, member, sent, view
+from tests.machine_harness import full_member, member, sent, told, view
 
 RUN_ID = bytes(32)
 D0, D1, D2, BAD = b"0" * 32, b"1" * 32, b"2" * 32, b"x" * 32
@@ -93,13 +94,13 @@ def ticks(node: Membership, start_s: int, end_s: int) -> list[Effect]:
 
 def founder(min_members: int = 1) -> Membership:
     leader = machine("n0", contacts=(), min_members=min_members)
-    give(leader, 0.0, StateAt(round=0, digest=D0))
+    give(leader, 0.0, StateAt(round=0, digest=D0, chain=FIRST_CHAIN))
     return leader
 
 
 def asking(id: str = "n1", contacts: tuple[ContactPoint, ...] = (N0,)) -> Membership:
     node = machine(id, contacts)
-    give(node, 0.0, StateAt(round=0, digest=D0))
+    give(node, 0.0, StateAt(round=0, digest=D0, chain=FIRST_CHAIN))
     return node
 
 
@@ -123,7 +124,7 @@ def beat(incarnation: int = 1, view: int = 99, round: int = 0, digest: bytes = D
 def welcome(number: int = 2, round: int = 0, incarnation: int = 1, epoch: int = 1) -> Welcome:
     members = [full_member("n0"), member("n1", active=False, incarnation=incarnation)]
     shown = view(number, *members, epoch=epoch)
-    return Welcome(epoch=epoch, view=shown, round=round, state_digest=D0, provider="n0")
+    return Welcome(epoch=epoch, view=shown, round=round, state_digest=D0)
 
 
 def shows(number: int, *members: Member, epoch: int = 1, leader: str = "n0", decided: bool = True) -> ViewUpdate:
@@ -182,7 +183,7 @@ def full_view(number: int, *members: str, leader: str = "n0") -> View:
 def restarted(id: str, ballot: Ballot, *, incarnation: int = 2) -> Membership:
     """It has its ballot, and has lost its leader, at 0 s."""
     node = machine(id, () if id == "n0" else (N0,), ballot=ballot, incarnation=incarnation)
-    give(node, 0.0, StateAt(round=0, digest=D0))
+    give(node, 0.0, StateAt(round=0, digest=D0, chain=FIRST_CHAIN))
     return node
 
 
@@ -340,7 +341,7 @@ class Cluster:
     # how it works
 
     def _state(self, round: int) -> StateAt:
-        return StateAt(round=round, digest=round.to_bytes(32))
+        return StateAt(round=round, digest=round.to_bytes(32), chain=FIRST_CHAIN)
 
     def _at(self, seconds: float, act: Callable[[], None]) -> None:
         self._count += 1
@@ -409,3 +410,8 @@ def cluster(count: int, *, seed: int = 0, loss: float = 0.0) -> Cluster:
     nodes = Cluster(count, seed, loss)
     nodes.rounds(15.0)
     return nodes
+
+
+def runs_at(effects: Iterable[Effect]) -> list[RunAt]:
+    """What checkpoint is told of where the run is."""
+    return [event for event in told(effects, "checkpoint") if isinstance(event, RunAt)]

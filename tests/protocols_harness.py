@@ -13,27 +13,56 @@ import msgspec.inspect as mi
 from hypothesis import strategies as st
 from pycddl import Schema, ValidationError
 
+from prime_async.ledger.means_format import Contents, Settled
 from prime_async.machines.vocabulary import Event
-from prime_async.messages import DIGEST_BYTES, BulkHeader, Message
+from prime_async.messages import DIGEST_BYTES, BulkHeader, Manifest, Message, Record
 
 V1: Final = Path(__file__).parent.parent / "protocols" / "v1"
 MOST: Final = 2**63 - 1
 
-PlaneName: TypeAlias = Literal["control", "bulk", "log", "ballot"]
+PlaneName: TypeAlias = Literal["control", "bulk", "records", "log", "ballot", "ledger"]
 
 FILES: Final[dict[PlaneName, tuple[str, ...]]] = {
     "control": ("control.cddl", "common.cddl"),
     "bulk": ("bulk.cddl", "common.cddl"),
-    "log": ("log.cddl", "control.cddl", "common.cddl"),
+    "records": ("records.cddl", "common.cddl"),
+    "log": ("log.cddl", "control.cddl", "records.cddl", "common.cddl"),
     "ballot": ("ballot.cddl", "common.cddl"),
+    "ledger": ("ledger.cddl", "common.cddl"),
 }
-KINDS: Final[dict[PlaneName, Any]] = {"control": Message, "bulk": BulkHeader}
-RULES: Final = {"view": "view-update", "log": "log-header", "step": "log-step"}
+KINDS: Final[dict[PlaneName, Any]] = {
+    "control": Message,
+    "bulk": BulkHeader,
+    "records": Manifest | Record,
+    "ledger": Contents | Settled,
+}
+ROOTS: Final[dict[PlaneName, str]] = {
+    "control": "control-message",
+    "bulk": "bulk-header",
+    "records": "ledger-payload",
+    "log": "log-item",
+    "ledger": "ledger-item",
+}
+RULES: Final = {
+    "view": "view-update",
+    "log": "log-header",
+    "step": "log-step",
+    "means": "means-contents",
+    "settled": "means-settled",
+}
 """Tags whose rule is not called as they are."""
 NULLABLE: Final = re.compile(r'\? "([a-z_]+)": ([a-z-]+) / null')
 """A field that may be missing, or null, which is the same."""
 VALID: Final[dict[str, dict[str, Any]]] = {
-    "commit": {"round": 0, "epoch": 0, "attempt": 0, "digest": bytes(32), "chain": bytes(32), "view": 0},
+    "commit": {
+        "round": 0,
+        "epoch": 0,
+        "attempt": 0,
+        "state": bytes(32),
+        "digest": bytes(32),
+        "chain": bytes(32),
+        "view": 0,
+    },
     "change": {"epoch": 0, "leader": "a"},
     "view": {
         "lineage": bytes(32),
@@ -191,7 +220,7 @@ def _narrowed(plane: PlaneName, data: bytes) -> tuple[tuple[str, str], ...]:
         item = 0
     if plane == "ballot":
         return ()  # there is but one rule
-    root = {"control": "control-message", "bulk": "bulk-header", "log": "log-item"}[plane]
+    root = ROOTS[plane]
     event = item.get("event") if isinstance(item, dict) else None
     message = event.get("message") if isinstance(event, dict) else None
     wanted = [(root, item, "t"), ("event", event, "type"), ("control-message", message, "t")]
@@ -220,7 +249,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     """Values of a type with all its bounds, as often as not at one of them.
 
     The types of events have no bounds, since a node makes them itself: there, numbers are counts (or -1, in
-    ``position``), texts are ids, and bytes are digests.
+    ``position`` and ``pending``), texts are ids, and bytes are digests.
     """
     return _strategy(mi.type_info(kind), "")
 
@@ -228,7 +257,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 def _strategy(kind: mi.Type, name: str) -> st.SearchStrategy[Any]:
     match kind:
         case mi.IntType():
-            low = kind.ge if kind.ge is not None else -1 if name == "position" else 0
+            low = kind.ge if kind.ge is not None else -1 if name in ("position", "pending") else 0
             high = kind.le if kind.le is not None else MOST
             return st.one_of(st.integers(low, high), st.sampled_from([low, high]))
         case mi.FloatType():
@@ -263,5 +292,6 @@ def _strategy(kind: mi.Type, name: str) -> st.SearchStrategy[Any]:
 ALL: Final[list[tuple[PlaneName, type]]] = [
     *(("control", s) for s in structs(Message)),
     *(("bulk", s) for s in structs(BulkHeader)),
+    *(("records", s) for s in structs(KINDS["records"])),
 ]
 EVENTS: Final = structs(Event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import trio
@@ -14,11 +15,12 @@ from blake3 import blake3
 from prime_async.actors.checkpoint import CheckpointActor
 from prime_async.actors.exchange import ExchangeActor
 from prime_async.actors.fetcher import Fetcher
+from prime_async.actors.ledger import LedgerKeeper
 from prime_async.actors.runner import Runner
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import TrainingActor
-from prime_async.errors import NonFiniteError
+from prime_async.errors import ChunkUnavailableError, NonFiniteError
 from prime_async.machines.vocabulary import (
     AdoptMean,
     CancelFetches,
@@ -36,7 +38,7 @@ from prime_async.machines.vocabulary import (
     Save,
     Settle,
 )
-from prime_async.messages import ChunkInfo, ChunkKey, positions
+from prime_async.messages import FIRST_CHAIN, ChunkInfo, ChunkKey, Commit, positions
 from prime_async.transport.base import Chunk
 from prime_async.transport.memory import MemoryNetwork
 from prime_async.work.buffer_workload import BufferWorkload
@@ -62,6 +64,14 @@ def runner(machine: Noted) -> Runner:
 
 def workload(seed: int = 1) -> BufferWorkload:
     return BufferWorkload.random(1000, 256, make_codec("fp32"), seed)
+
+
+COMMIT = Commit(round=0, epoch=1, attempt=0, state=bytes(32), digest=bytes(32), chain=bytes(32), view=1)
+
+
+def keeper(tensors: Tensors) -> LedgerKeeper:
+    """Without a disk."""
+    return LedgerKeeper(None, tensors, None)
 
 
 def chunk_of(data: bytes) -> Chunk:
@@ -127,7 +137,7 @@ async def test_a_mean_of_the_wrong_size_is_not_held() -> None:
         b.serve(served)
         a.dial("b", b.control_address, b.bulk_address)
         store = ChunkStore()
-        actor = ExchangeActor(a, Tensors(workload(), 2), store, nursery, send.send_nowait, lambda _: None)
+        actor = ExchangeActor(a, keeper(Tensors(workload(), 2)), store, nursery, send.send_nowait, lambda _: None)
         actor.perform(fetch("b", what))
         with trio.fail_after(10):
             assert await receive.receive() == FetchFailed(peer="b", key=what, fault="invalid")
@@ -147,7 +157,7 @@ async def test_a_mean_is_made_of_what_is_valid_and_says_who_is_in_it() -> None:
         tensors, store = Tensors(workload(), 2), ChunkStore()
         payload, info = tensors.encode(0)
         store.put(contribution, Chunk(info=info, payload=payload))
-        actor = ExchangeActor(a, tensors, store, nursery, send.send_nowait, lambda _: None)
+        actor = ExchangeActor(a, keeper(tensors), store, nursery, send.send_nowait, lambda _: None)
         actor.perform(fetch("b", contribution))
         with trio.fail_after(10):
             await receive.receive()
@@ -200,7 +210,7 @@ async def test_means_are_adopted_and_settled_under_other_names_and_what_came_as_
         means = [Chunk(info=i, payload=p) for p, i in map(tensors.encode, range(tensors.workload.chunk_count))]
         b.serve(served)
         a.dial("b", b.control_address, b.bulk_address)
-        actor = ExchangeActor(a, tensors, store, nursery, send.send_nowait, lambda _: None)
+        actor = ExchangeActor(a, keeper(tensors), store, nursery, send.send_nowait, lambda _: None)
         for chunk, mean in enumerate(means[:-1]):
             store.put(key("mean", chunk, epoch=1), mean)
         actor.perform(AdoptMean(found=key("mean", 0, epoch=1), key=key("mean", 0, epoch=1, attempt=2)))
@@ -211,7 +221,8 @@ async def test_means_are_adopted_and_settled_under_other_names_and_what_came_as_
         with trio.fail_after(10):
             assert isinstance(await receive.receive(), Fetched)
         assert store.find(last) is None
-        actor.perform(Settle(round=0, epoch=1, attempt=0, exceptions=(key("mean", 0, epoch=1, attempt=2), last)))
+        others = key("mean", 0, epoch=1, attempt=2), last
+        actor.perform(Settle(round=0, epoch=1, attempt=0, commit=COMMIT, previous=FIRST_CHAIN, exceptions=others))
         assert [store.find(key("mean", c)) for c in range(len(means) - 1)] == means[:-1]
         assert store.find(last) is not None
         nursery.cancel_scope.cancel()
@@ -221,7 +232,7 @@ async def test_a_mean_of_nothing_is_made_known_and_not_held() -> None:
     send, receive = trio.open_memory_channel[Event](10)
     async with MemoryNetwork(8).open("a") as a, trio.open_nursery() as nursery:
         store = ChunkStore()
-        actor = ExchangeActor(a, Tensors(workload(), 2), store, nursery, send.send_nowait, lambda _: None)
+        actor = ExchangeActor(a, keeper(Tensors(workload(), 2)), store, nursery, send.send_nowait, lambda _: None)
         actor.perform(Reduce(key=key("mean", 0), contributors=("a",), weights=(5,), members=("a",)))
         with trio.fail_after(10):
             made = await receive.receive()
@@ -238,23 +249,25 @@ async def test_a_state_that_is_being_replaced_is_not_served_and_whole_again_at_t
         theirs, ours = workload(2), workload(1)
         theirs.end_import(7)
         served, store = ChunkStore(), ChunkStore()
-        there = CheckpointActor(b, Tensors(theirs, 2), served, nursery, send.send_nowait, lambda _: None)
-        there.served_round = 7
+        served.read_ledger = keeper(Tensors(theirs, 2)).provide
         b.serve(served)
         a.dial("b", b.control_address, b.bulk_address)
-        here = CheckpointActor(a, Tensors(ours, 2), store, nursery, send.send_nowait, lambda _: None)
-        here.served_round = 0
+        kept = keeper(Tensors(ours, 2))
+        store.read_ledger = kept.provide
+        here = CheckpointActor(a, kept, nursery, send.send_nowait, lambda _: None)
         with trio.fail_after(10):
             for chunk in range(ours.chunk_count):
                 what = key("state", chunk, round=7)
                 here.perform(fetch("b", what))
                 assert isinstance(await receive.receive(), Fetched)
                 here.perform(ImportChunk(peer="b", key=what))
-                assert here.served_round is None
+                assert kept.served_round is None
+                with pytest.raises(ChunkUnavailableError):
+                    await store.provide("b", key("state", 0, round=0))
                 assert await receive.receive() == ChunkImported(key=what)
             here.perform(EndImport(round=7))
             assert await receive.receive() == Imported(round=7, digest=theirs.state_digest())
-        assert here.served_round == 7
+        assert kept.served_round == 7
         here.perform(CancelFetches())
         nursery.cancel_scope.cancel()
 
@@ -298,6 +311,18 @@ class Gated(BufferWorkload):
         return super().end_import(round)
 
 
+class Journaled(LedgerKeeper):
+    """Notes when the state is saved."""
+
+    def __init__(self, journal: list[str], tensors: Tensors) -> None:
+        super().__init__(None, tensors, None)
+        self.journal = journal
+
+    async def save(self) -> Path | None:
+        self.journal.append("save")
+        return None
+
+
 async def test_imports_their_end_and_saving_wait_for_each_other_in_the_order_in_which_they_were_asked_for() -> None:
     """Defect: an import that had been given up could still write while the next one did, or while the file was made."""
     network = MemoryNetwork(5)
@@ -309,16 +334,10 @@ async def test_imports_their_end_and_saving_wait_for_each_other_in_the_order_in_
         b.serve(served)
         a.dial("b", b.control_address, b.bulk_address)
         tensors = Tensors(ours, 4)
-        actor = CheckpointActor(a, tensors, ChunkStore(), nursery, send.send_nowait, lambda _: None)
+        kept = Journaled(ours.journal, tensors)
+        actor = CheckpointActor(a, kept, nursery, send.send_nowait, lambda _: None)
         training = TrainingActor(
-            tensors,
-            ChunkStore(),
-            nursery,
-            send.send_nowait,
-            report=lambda _: None,
-            fail=lambda _: None,
-            serve_round=lambda _: None,
-            save=lambda: ours.journal.append("save"),
+            kept, ChunkStore(), nursery, send.send_nowait, report=lambda _: None, fail=lambda _: None
         )
         with trio.fail_after(10):
             for chunk in range(2):

@@ -13,7 +13,7 @@ from prime_async.actors.tensors import Tensors
 from prime_async.audit import Audit, AuditFolder, audit
 from prime_async.errors import DataError
 from prime_async.machines.vocabulary import Settle
-from prime_async.messages import ChunkInfo, ChunkKey, bitmap
+from prime_async.messages import ChunkInfo, ChunkKey, Commit, bitmap
 from prime_async.transport.base import Chunk
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.chunks import Chunks
@@ -190,7 +190,17 @@ async def test_an_auditor_writes_what_an_audit_reads(tmp_path: Path) -> None:
         mean = ChunkInfo(digest=bytes(32), contributors=bitmap([0]), total_weight=7)
         means[mean_key(chunk, attempt=chunk)] = Chunk(info=mean, payload=mean_of(chunk, [encoded], [7]))
     await auditor.write_contribution(4, chunks)
-    settle = Settle(round=4, epoch=1, attempt=0, lineage=LINEAGE, members=MEMBERS[:1], weights=(7,))
+    commit = Commit(round=4, epoch=1, attempt=0, state=bytes(32), digest=bytes(32), chain=bytes(32), view=1)
+    settle = Settle(
+        round=4,
+        epoch=1,
+        attempt=0,
+        commit=commit,
+        previous=bytes(32),
+        lineage=LINEAGE,
+        members=MEMBERS[:1],
+        weights=(7,),
+    )
     await auditor.write_means(settle, means)
     found = audit([tmp_path])
     assert (found.means, found.copies, found.differences, found.unchecked) == (2, 2, [], [])

@@ -36,7 +36,7 @@ from prime_async.messages import (
 from tests.machine_harness import full_member, member, of, sent, view
 from tests.membership_harness import full_view, stored
 
-COMMIT = Commit(round=3, epoch=1, attempt=0, digest=bytes(32), chain=bytes(32), view=4)
+COMMIT = Commit(round=3, epoch=1, attempt=0, state=bytes(32), digest=bytes(32), chain=bytes(32), view=4)
 V5 = full_view(5, "n0", "n1", "n2")
 BLANK = Promise(epoch=0, decided=0, number=0, accepted_epoch=0, member=member("n1", active=False), incarnations=(1,))
 

@@ -82,6 +82,7 @@ def report(bandwidth: Bandwidth, peer: str, round: int, received: int, **seen: i
         round=round,
         epoch=1,
         attempt=0,
+        state=bytes(32),
         digest=bytes(32),
         incarnation=1,
         received_per_s=received,

@@ -1,239 +1,750 @@
-"""Every rule of fetching the run's outer state, by pure calls."""
+"""A node that is behind, or wrong: what it fetches from whom, and how it comes to the run's outer state."""
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from blake3 import blake3
+from msgspec.structs import replace
+
 from prime_async.machines.checkpoint import Checkpoint, CheckpointSettings
-from prime_async.machines.facts import StateDiverged, StateFetched, StateFetchStarted
+from prime_async.machines.facts import (
+    CatchUpStarted,
+    CaughtUp,
+    LedgerTrouble,
+    SnapshotWritten,
+    StateDiverged,
+    StateMended,
+    StateNowhere,
+)
 from prime_async.machines.vocabulary import (
+    AdoptRound,
+    Advance,
     AskAgain,
     Begin,
     CancelFetches,
     ChunkImported,
+    ChunkStored,
     Effect,
     EndImport,
+    Event,
     Fetch,
     Fetched,
     FetchFailed,
-    FetchFault,
     FetchState,
+    FinishSnapshot,
     Halt,
     Halted,
+    Heard,
     ImportChunk,
     Imported,
+    Keep,
+    LedgerAt,
+    LedgerFailed,
+    LoadSnapshot,
+    ManifestRead,
+    OpenRound,
+    OpenSnapshot,
+    ReadManifest,
+    ReadRecord,
+    RecordRead,
+    RoundOpened,
+    RoundStored,
     RunAt,
+    Send,
+    SnapshotOpened,
+    SnapshotStored,
     StateAt,
+    StoreChunk,
+    StoreRecord,
+    Tell,
     Tick,
-    WakeAt,
+    ViewChanged,
+    WriteSnapshot,
 )
-from tests.machine_harness import facts, info, key, of, told
+from prime_async.messages import (
+    FIRST_CHAIN,
+    AskLedger,
+    ChunkInfo,
+    ChunkKey,
+    Commit,
+    Holdings,
+    Included,
+    Record,
+    View,
+    next_chain,
+)
+from tests.machine_harness import facts, full_member, of, sent, told, view
 
-OURS, THEIRS, NEXT = b"o" * 32, b"t" * 32, b"n" * 32
-
-
-def checkpoint(chunks: int = 3, window: int = 2) -> Checkpoint:
-    node = Checkpoint(CheckpointSettings(chunk_count=chunks, window=window))
-    node.handle(0.0, StateAt(round=4, digest=OURS))
-    return node
-
-
-def run_at(round: int = 7, digest: bytes = THEIRS, provider: str = "n0") -> RunAt:
-    return RunAt(round=round, digest=digest, provider=provider)
-
-
-def fetching(chunks: int = 3, window: int = 2) -> tuple[Checkpoint, list[Effect]]:
-    node = checkpoint(chunks, window)
-    node.handle(1.0, run_at())
-    return node, node.handle(2.0, Halted())
+CHUNKS = 3
+INFO = ChunkInfo(digest=bytes(32))
 
 
-def came(node: Checkpoint, chunk: int, round: int = 7) -> list[Effect]:
-    return node.handle(3.0, Fetched(peer="n0", key=key("state", chunk, round=round), info=info(chunk)))
+def digest(*parts: object) -> bytes:
+    return blake3(repr(parts).encode()).digest()
 
 
-def imported(node: Checkpoint, chunk: int, round: int = 7) -> list[Effect]:
-    return node.handle(3.1, ChunkImported(key=key("state", chunk, round=round)))
+def state(round: int) -> bytes:
+    """Digest of the run's outer state."""
+    return digest("state", round)
 
 
-def failed(node: Checkpoint, chunk: int, fault: FetchFault = "gone", round: int = 7) -> list[Effect]:
-    return node.handle(3.0, FetchFailed(peer="n0", key=key("state", chunk, round=round), fault=fault))
+def history(rounds: int, name: str = "") -> list[Record]:
+    """The records of a run."""
+    chain, made = FIRST_CHAIN, []
+    for round in range(rounds):
+        means = b"".join(digest("mean", name, round, c) for c in range(CHUNKS))
+        of_all = blake3(means).digest()
+        after = next_chain(chain, state(round), of_all)
+        commit = Commit(round=round, epoch=1, attempt=0, state=state(round), digest=of_all, chain=after, view=1)
+        runs = (Included(chunks=CHUNKS, contributors=b"\x01", total_weight=5),)
+        made.append(Record(commit=commit, previous=chain, means=means, included=runs))
+        chain = after
+    return made
 
 
-def asked(effects: list[Effect]) -> list[int]:
-    return [f.key.chunk for f in of(Fetch, effects)]
+HISTORY = history(40)
 
 
-def all_in_place(node: Checkpoint, round: int = 7) -> list[Effect]:
-    out: list[Effect] = []
-    for chunk in range(node.settings.chunk_count):
-        came(node, chunk, round)
-        out = imported(node, chunk, round)
-    return out
+def chain(round: int) -> bytes:
+    return HISTORY[round - 1].commit.chain if round else FIRST_CHAIN
 
 
-def test_training_begins_if_our_state_is_the_runs() -> None:
-    assert told(checkpoint().handle(1.0, run_at(4, OURS)), "training") == [Begin(round=4)]
+def at(round: int, digest: bytes | None = None, its_chain: bytes | None = None) -> StateAt:
+    return StateAt(round=round, digest=digest or state(round), chain=its_chain or chain(round))
 
 
-def test_otherwise_training_is_halted_first() -> None:
-    for other in (run_at(), run_at(4, THEIRS), run_at(5, OURS)):
-        effects = checkpoint().handle(1.0, other)
-        assert told(effects, "training") == [Halt()]
-        assert not of(Fetch, effects)
+def run_view(round: int, *others: str) -> View:
+    """The run's state is after ``round`` rounds."""
+    members = [full_member(name) for name in others or ("n0", "n2")]
+    return view(5 + round, *members, full_member("me"), commit=HISTORY[round - 1].commit if round else None)
 
 
-def test_chunks_are_fetched_from_the_provider_a_few_at_a_time_and_in_order() -> None:
-    node, effects = fetching()
-    assert facts(StateFetchStarted, effects) == [StateFetchStarted(round=7, provider="n0")]
-    assert asked(effects) == [0, 1]
-    effects = came(node, 1)
-    assert of(ImportChunk, effects) == [ImportChunk(peer="n0", key=key("state", 1, round=7))]
-    assert asked(effects) == []
-    assert asked(imported(node, 1)) == [2]
+@dataclass
+class Rig:
+    """A checkpoint machine, a disk and honest peers around it. ``lies`` may answer in the place of a peer.
+
+    ``done`` has every effect, in order.
+    """
+
+    own: StateAt = field(default_factory=lambda: at(0))
+    run: int = 0
+    peers: dict[str, Holdings] = field(default_factory=dict)
+    settings: CheckpointSettings = field(
+        default_factory=lambda: CheckpointSettings(me="me", chunk_count=CHUNKS, mean_bytes=10, state_bytes=80)
+    )
+    disk: LedgerAt = field(default_factory=LedgerAt)
+    there: dict[int, set[int]] = field(default_factory=dict)  # round -> chunks of its means that are on disk already
+    parts: set[int] = field(default_factory=set)  # chunks of the snapshot that are on disk already
+    wrong: set[int] = field(default_factory=set)  # chunks of our outer state that are not the run's
+    lies: Callable[[str, ChunkKey], Event | None] = lambda _peer, _key: None
+    on_effect: Callable[[Effect], Event | None] = lambda _: None
+    done: list[Effect] = field(default_factory=list)
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.machine = Checkpoint(self.settings)
+        self.where = self.own
+        self.give(self.disk)
+        self.give(self.own)
+
+    def begin(self) -> None:
+        self.give(ViewChanged(view=run_view(self.run, *self.peers)))
+        self.give(RunAt(round=self.run, digest=state(self.run)))
+
+    def give(self, *events: Event) -> None:
+        """And everything that comes of it, without time going on."""
+        waiting = deque(events)
+        while waiting:
+            for effect in self.machine.handle(self.now, waiting.popleft()):
+                self.done.append(effect)
+                answer = self.on_effect(effect) or self.perform(effect)
+                if answer is not None:
+                    waiting.append(answer)
+
+    def wait(self, seconds: float = 1.0) -> None:
+        self.now += seconds
+        self.give(Tick())
+
+    def goes_on(self, run: int) -> None:
+        """The run is at a later round now."""
+        self.run = run
+        self.peers = {p: replace(h, round=run) for p, h in self.peers.items()}
+        self.give(ViewChanged(view=run_view(run, *self.peers)))
+
+    def perform(self, effect: Effect) -> Event | None:
+        match effect:
+            case Send(peer=peer, message=AskLedger()) if peer in self.peers:
+                return Heard(peer=peer, message=self.peers[peer])
+            case Tell(actor="training", event=Halt()):
+                return Halted()
+            case Tell(actor="membership", event=AskAgain()):
+                return RunAt(round=self.run, digest=state(self.run))
+            case Fetch(peer=peer, key=key):
+                return self.lies(peer, key) or Fetched(peer=peer, key=key, info=INFO, size=1)
+            case ReadRecord(peer=peer, key=key):
+                return self.lies(peer, key) or RecordRead(peer=peer, record=HISTORY[key.round])
+            case ReadManifest(peer=peer, key=key):
+                return self.lies(peer, key) or self.manifest(peer, key.round)
+            case StoreChunk(key=key):
+                return ChunkStored(key=key)
+            case _:
+                return self.perform_on_disk(effect)
+
+    def manifest(self, peer: str, round: int) -> ManifestRead:
+        commit = HISTORY[round - 1].commit if round else None
+        return ManifestRead(
+            peer=peer, round=round, digest=state(round), commit=commit, differing=tuple(sorted(self.wrong))
+        )
+
+    def perform_on_disk(self, effect: Effect) -> Event | None:
+        match effect:
+            case OpenRound(record=record):
+                round = record.commit.round
+                missing = set(range(CHUNKS)) - self.there.get(round, set())
+                return RoundOpened(round=round, missing=tuple(sorted(missing)))
+            case StoreRecord(record=record):
+                return RoundStored(round=record.commit.round)
+            case AdoptRound(commit=commit):
+                return RoundStored(round=commit.round)
+            case OpenSnapshot(round=round):
+                return SnapshotOpened(round=round, missing=tuple(sorted(set(range(CHUNKS)) - self.parts)))
+            case FinishSnapshot(round=round) | WriteSnapshot(round=round):
+                return SnapshotStored(round=round)
+            case LoadSnapshot(round=round):
+                self.wrong.clear()
+                self.where = at(round)
+                return Imported(round=round, digest=state(round))
+            case Advance(round=round):
+                self.where = at(round + 1)
+                return Imported(round=round + 1, digest=self.digest_at(round + 1))
+            case ImportChunk(key=key):
+                self.wrong.discard(key.chunk)
+                return ChunkImported(key=key)
+            case EndImport(round=round):
+                return Imported(round=round, digest=self.digest_at(round))
+            case _:
+                return None
+
+    def digest_at(self, round: int) -> bytes:
+        return state(round) if not self.wrong else digest("wrong", round, sorted(self.wrong))
+
+    @property
+    def is_settled(self) -> bool:
+        return self.machine.phase == "settled" and self.machine.own == at(self.run)
+
+    def fetched(self, kind: str) -> list[tuple[int, int]]:
+        """Round and chunk of what was asked for."""
+        return [(e.key.round, e.key.chunk) for e in of(Fetch, self.done) if e.key.kind == kind]
 
 
-def test_a_state_that_came_whole_is_verified_and_told_to_everybody() -> None:
-    node, _ = fetching()
-    assert of(EndImport, all_in_place(node)) == [EndImport(round=7)]
-    effects = node.handle(4.5, Imported(round=7, digest=THEIRS))
-    at = StateAt(round=7, digest=THEIRS)
-    assert told(effects, "exchange") == told(effects, "membership") == [at]
-    assert told(effects, "training") == [Begin(round=7)]
-    assert facts(StateFetched, effects) == [StateFetched(round=7, seconds=2.5)]
-    assert told(node.handle(5.0, run_at()), "training") == [Begin(round=7)]
+def everything(round: int, means_from: int = 0, snapshots: tuple[int, ...] = ()) -> Holdings:
+    return Holdings(round=round, means_from=means_from, snapshots=snapshots)
 
 
-def test_a_state_with_another_digest_is_not_used_and_asked_for_anew() -> None:
-    node, _ = fetching()
-    all_in_place(node)
-    effects = node.handle(4.0, Imported(round=7, digest=b"?" * 32))
-    assert facts(StateDiverged, effects)
-    assert told(effects, "membership") == [AskAgain()]
-    assert not told(effects, "training")
-    assert asked(node.handle(5.0, run_at())) == [0, 1]
+def behind(own: int, run: int, *, peers: dict[str, Holdings] | None = None, **more: object) -> Rig:
+    peers = peers or {"n0": everything(run), "n2": everything(run)}
+    return Rig(own=at(own), run=run, peers=peers, **more)  # type: ignore[arg-type]
 
 
-def test_whatever_goes_wrong_ends_in_asking_where_the_run_is_now() -> None:
-    faults: tuple[FetchFault, ...] = ("gone", "late", "unreachable", "invalid")
-    for fault in faults:
-        node, _ = fetching()
-        effects = failed(node, 1, fault)
-        assert told(effects, "membership") == [AskAgain()]
-        assert of(CancelFetches, effects)
-        assert [w.at for w in of(WakeAt, effects)] == [4.0]
-        assert asked(node.handle(5.0, run_at(8, NEXT, "n2"))) == [0, 1]
-        assert {f.peer for f in of(Fetch, failed(node, 9) + came(node, 0, 8) + imported(node, 0, 8))} == {"n2"}
+# --- nothing to do --------------------------------------------------------------------------------------------------
 
 
-def test_who_gets_nothing_twice_in_a_row_pauses_before_it_asks_again() -> None:
-    """Defect: while its provider applied a round, a joiner asked the leader a hundred times a second."""
-    node, _ = fetching()
-    assert told(failed(node, 0), "membership") == [AskAgain()]
-    node.handle(3.0, run_at())
-    effects = failed(node, 0)
-    assert not told(effects, "membership")
-    assert of(WakeAt, effects) == [WakeAt(at=3.25)]
-    assert told(node.handle(3.25, Tick()), "membership") == [AskAgain()]
+def test_a_node_whose_state_is_the_runs_begins_at_once_and_fetches_nothing() -> None:
+    rig = behind(7, 7)
+    rig.begin()
+    assert rig.is_settled
+    assert told(rig.done, "training") == [Begin(round=7)]
+    assert not of(Fetch, rig.done)
+    assert not told(rig.done, "membership")
 
 
-def test_what_came_of_a_state_stays_when_another_provider_takes_over() -> None:
-    node, _ = fetching(chunks=4)
-    came(node, 0)
-    imported(node, 0)
-    failed(node, 1, "unreachable")
-    effects = node.handle(5.0, run_at(provider="n2"))
-    assert [(f.peer, f.key.chunk) for f in of(Fetch, effects)] == [("n2", 1), ("n2", 2)]
+def test_a_founder_begins_when_its_first_view_is_decided() -> None:
+    rig = Rig()
+    rig.give(RunAt(round=0, digest=state(0)))
+    assert not told(rig.done, "training")
+    rig.give(ViewChanged(view=view(1, full_member("me"))))
+    assert told(rig.done, "training") == [Begin(round=0)]
 
 
-def test_what_came_of_a_state_is_fetched_again_if_its_digest_was_another_or_other_chunks_lie_over_it() -> None:
-    wrong, _ = fetching()
-    all_in_place(wrong)
-    wrong.handle(4.0, Imported(round=7, digest=b"?" * 32))
-    assert asked(wrong.handle(5.0, run_at(provider="n2"))) == [0, 1]
-    overlaid, _ = fetching()
-    came(overlaid, 0)
-    imported(overlaid, 0)
-    overlaid.handle(4.0, run_at(8, NEXT))
-    came(overlaid, 0, 8)
-    imported(overlaid, 0, 8)
-    failed(overlaid, 1, "gone", 8)
-    assert asked(overlaid.handle(5.0, run_at())) == [0, 1]
+def test_a_settled_node_that_is_one_commit_behind_is_left_to_the_exchange() -> None:
+    rig = behind(7, 7)
+    rig.begin()
+    rig.goes_on(8)
+    rig.give(RunAt(round=8, digest=state(8)))
+    assert not of(Fetch, rig.done)
+    assert Halt() not in told(rig.done, "training")
 
 
-def test_a_repeated_answer_with_another_provider_does_not_give_up_what_is_on_its_way() -> None:
-    """A leader that names another provider each time it is asked would keep us from ever getting a large chunk."""
-    node, _ = fetching()
-    assert node.handle(3.0, run_at(provider="n2")) == []
+def test_nobody_goes_back_to_the_state_of_a_leader_that_is_behind() -> None:
+    """Defect: a leader that had lost its state welcomed who held it with its own, round 0, and the run's was gone."""
+    rig = behind(7, 7)
+    rig.give(ViewChanged(view=run_view(7)))
+    rig.give(RunAt(round=0, digest=state(0)))
+    assert rig.is_settled
 
 
-def test_a_state_that_was_given_up_while_it_was_put_together_has_no_outcome() -> None:
-    """Defect: its digest was compared with that of the next one, which was fetched once more."""
-    node, _ = fetching()
-    all_in_place(node)
-    node.handle(4.0, run_at(8, NEXT))
-    all_in_place(node, round=8)
-    assert node.handle(5.0, Imported(round=7, digest=THEIRS)) == []
-    assert told(node.handle(6.0, Imported(round=8, digest=NEXT)), "training") == [Begin(round=8)]
+# --- means ----------------------------------------------------------------------------------------------------------
 
 
-def test_fetches_are_abandoned_if_our_own_state_turns_out_to_be_the_runs() -> None:
-    node, _ = fetching()
-    effects = node.handle(3.0, run_at(4, OURS))
-    assert of(CancelFetches, effects)
-    assert told(effects, "training") == [Begin(round=4)]
+@pytest.mark.parametrize("missed", [1, 2, 5, 20])
+def test_who_missed_rounds_fetches_their_means_and_takes_the_steps_one_after_the_other(missed: int) -> None:
+    rig = behind(3, 3 + missed)
+    rig.begin()
+    assert rig.is_settled
+    wanted = [(round, c) for round in range(3, 3 + missed) for c in range(CHUNKS)]
+    assert sorted(rig.fetched("mean")) == wanted
+    assert sorted(rig.fetched("record")) == [(round, 0) for round in range(3, 3 + missed)]
+    assert not rig.fetched("state")
+    assert [e.round for e in of(Advance, rig.done)] == list(range(3, 3 + missed))
+    assert told(rig.done, "exchange") == told(rig.done, "membership")[-1:] == [at(3 + missed)]
+    assert told(rig.done, "training")[-1] == Begin(round=3 + missed)
+    [started] = facts(CatchUpStarted, rig.done)
+    assert (started.round, started.run_round, started.snapshot) == (3, 3 + missed, -1)
+    [fact] = facts(CaughtUp, rig.done)
+    assert (fact.round, fact.fetched_bytes) == (3 + missed, missed * (CHUNKS + 1))
 
 
-def test_it_asks_until_it_is_answered() -> None:
-    node, _ = fetching()
-    failed(node, 1)
-    assert told(node.handle(4.0, Tick()), "membership") == [AskAgain()]
-    assert told(node.handle(5.0, Tick()), "membership") == [AskAgain()]
-    node.handle(5.1, run_at(8))
-    assert node.handle(6.0, Tick()) == []
+def test_what_is_asked_for_is_spread_over_the_members() -> None:
+    rig = behind(0, 20, peers={name: everything(20) for name in ("n0", "n2", "n3")})
+    rig.give(ViewChanged(view=run_view(20, *rig.peers)))
+    pending: list[Fetch] = []
+    answers = rig.perform
+
+    def hold(effect: Effect) -> Event | None:
+        if isinstance(effect, Fetch):
+            pending.append(effect)
+            return None
+        return answers(effect)
+
+    rig.perform = hold  # type: ignore[method-assign]
+    rig.begin()
+    under_way = Counter(f.peer for f in pending)
+    assert under_way == {"n0": 2, "n2": 2, "n3": 2}, "a window of each"
+    fast = [f for f in pending if f.peer == "n3"]
+    while fast:
+        one = fast.pop()
+        before = len(pending)
+        rig.give(Fetched(peer="n3", key=one.key, info=INFO, size=1))
+        fast += [f for f in pending[before:] if f.peer == "n3"]
+        assert all(f.peer == "n3" for f in pending[before:]), "who has delivered is asked for the next"
+    assert Counter(f.peer for f in pending)["n3"] > 10
 
 
-def test_a_repeated_answer_changes_nothing() -> None:
-    node, _ = fetching()
-    assert node.handle(3.0, run_at()) == []
+def test_rounds_that_pass_meanwhile_are_means_to_fetch_like_the_others() -> None:
+    rig = behind(0, 4)
+    seen: list[int] = []
+
+    def go_on(effect: Effect) -> Event | None:
+        if isinstance(effect, Advance) and not seen:
+            seen.append(effect.round)
+            rig.run = 6
+            rig.peers = {p: everything(6) for p in rig.peers}
+            return ViewChanged(view=run_view(6, *rig.peers))
+        return None
+
+    rig.on_effect = go_on
+    rig.begin()
+    rig.on_effect = lambda _: None
+    rig.give(Imported(round=seen[0] + 1, digest=state(seen[0] + 1)))
+    rig.wait()
+    rig.wait()
+    assert rig.is_settled
+    assert rig.machine.own == at(6)
 
 
-def test_a_run_that_moved_on_is_fetched_from_the_beginning() -> None:
-    node, _ = fetching()
-    effects = node.handle(3.0, run_at(8, NEXT))
-    assert of(CancelFetches, effects)
-    assert [f.key.round for f in of(Fetch, effects)] == [8, 8]
-    assert came(node, 0, round=7) == []  # of the round that was given up
-    assert imported(node, 0, round=7) == []
+def test_what_is_on_disk_already_is_not_fetched() -> None:
+    rig = behind(3, 6, there={3: {0, 1, 2}, 4: {1}})
+    rig.begin()
+    assert rig.is_settled
+    assert sorted(rig.fetched("mean")) == [(4, 0), (4, 2), (5, 0), (5, 1), (5, 2)]
 
 
-def test_a_run_that_is_at_our_round_after_all_needs_no_fetch() -> None:
-    """The node may have applied the round meanwhile."""
-    node = checkpoint()
-    node.handle(1.0, run_at())
-    node.handle(1.5, StateAt(round=7, digest=THEIRS))
-    node.handle(1.6, run_at(8, NEXT))
-    node.handle(1.7, StateAt(round=8, digest=NEXT))
-    assert told(node.handle(2.0, run_at(9, NEXT)), "training") == [Halt()]
-    assert told(node.handle(2.1, run_at(8, NEXT)), "training") == [Begin(round=8)]
-    assert node.handle(2.2, Halted()) == []  # too late to matter
+def test_means_that_are_pending_and_turn_out_to_be_committed_are_adopted() -> None:
+    record = HISTORY[3]
+    disk = LedgerAt(means=(0, 1, 2), pending=3, pending_digest=record.commit.digest)
+    rig = behind(3, 4, peers={"n0": Holdings(round=3, means_from=3)}, disk=disk)
+    rig.begin()
+    assert rig.is_settled
+    assert of(AdoptRound, rig.done) == [AdoptRound(commit=record.commit, previous=record.previous)]
+    assert not rig.fetched("mean")
 
 
-def test_a_state_that_is_half_replaced_is_not_ours_any_more() -> None:
-    """Defect: a late welcome with the round that this node had been at began the training on a mixture."""
-    node, _ = fetching()
-    came(node, 0)
-    effects = node.handle(4.0, run_at(4, OURS))
-    assert not told(effects, "training")
-    assert [f.key.round for f in of(Fetch, effects)] == [4, 4]
+def test_pending_means_that_are_others_than_the_committed_are_fetched() -> None:
+    disk = LedgerAt(means=(0, 1, 2), pending=3, pending_digest=digest("other"))
+    rig = behind(3, 4, disk=disk)
+    rig.begin()
+    assert rig.is_settled
+    assert not of(AdoptRound, rig.done)
+    assert len(rig.fetched("mean")) == CHUNKS
 
 
-def test_an_exchange_that_cannot_follow_makes_it_ask() -> None:
-    node = checkpoint()
-    assert told(node.handle(1.0, FetchState()), "membership") == [AskAgain()]
-    assert told(node.handle(1.1, FetchState()), "membership") == []  # it is asking
-    assert told(node.handle(1.2, run_at(4, OURS)), "training") == [Begin(round=4)]
+def test_pending_means_that_cannot_be_read_are_fetched() -> None:
+    disk = LedgerAt(means=(0, 1, 2), pending=3, pending_digest=HISTORY[3].commit.digest)
+    rig = behind(3, 4, disk=disk)
+    rig.on_effect = lambda e: LedgerFailed(round=3, damaged=True, text="damaged") if isinstance(e, AdoptRound) else None
+    rig.begin()
+    assert rig.is_settled
+    assert len(rig.fetched("mean")) == CHUNKS
 
 
-def test_a_state_without_chunks_is_whole_at_once() -> None:
-    node, effects = fetching(chunks=0)
-    assert of(EndImport, effects) == [EndImport(round=7)]
-    assert told(node.handle(3.0, Imported(round=7, digest=THEIRS)), "training") == [Begin(round=7)]
+# --- snapshots ------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_fetched_when_that_is_fewer_bytes() -> None:
+    rig = behind(0, 20, peers={"n0": everything(20, 0, (10, 18)), "n2": everything(20, 0, (10, 18))})
+    rig.begin()
+    assert rig.is_settled
+    assert facts(CatchUpStarted, rig.done)[0].snapshot == 18
+    assert sorted(rig.fetched("state")) == [(18, c) for c in range(CHUNKS)]
+    assert sorted(rig.fetched("mean")) == [(round, c) for round in (18, 19) for c in range(CHUNKS)]
+    assert [e.round for e in of(LoadSnapshot, rig.done)] == [18]
+
+
+def test_means_are_fetched_when_those_are_fewer_bytes() -> None:
+    rig = behind(14, 20, peers={"n0": everything(20, 0, (10, 18))})
+    rig.begin()
+    assert rig.is_settled
+    assert not rig.fetched("state")
+
+
+def test_a_snapshot_is_fetched_when_members_have_not_all_means_any_more() -> None:
+    rig = behind(14, 20, peers={"n0": everything(20, 16, (18,))})
+    rig.begin()
+    assert rig.is_settled
+    assert len(rig.fetched("state")) == CHUNKS
+
+
+def test_of_a_snapshot_that_came_in_part_only_the_rest_is_fetched() -> None:
+    rig = behind(0, 20, peers={"n0": everything(20, 10, (10,))}, disk=LedgerAt(partials=(10,)), parts={0, 2})
+    rig.begin()
+    assert rig.is_settled
+    assert rig.fetched("state") == [(10, 1)]
+
+
+def test_a_state_of_another_history_gives_way_to_a_snapshot() -> None:
+    other = history(12, "other")[11].commit.chain
+    rig = Rig(own=at(12, its_chain=other), run=20, peers={"n0": everything(20, 10, (10,))})
+    rig.begin()
+    assert rig.is_settled
+    assert [e.round for e in of(LoadSnapshot, rig.done)] == [10]
+    rig.give(LedgerAt(snapshots=(5, 10, 20), means=tuple(range(20))))
+    assert of(Keep, rig.done)[-1].snapshots == (10, 20), "what is of the other history goes"
+
+
+def test_a_damaged_snapshot_is_mended_from_a_peer() -> None:
+    rig = behind(0, 12, peers={"n0": everything(12, 10, (10,))})
+    failed: list[Effect] = []
+
+    def fail_once(effect: Effect) -> Event | None:
+        if isinstance(effect, LoadSnapshot) and not failed:
+            failed.append(effect)
+            rig.parts = {0, 1}
+            return LedgerFailed(round=10, damaged=True, text="chunk 2")
+        return None
+
+    rig.on_effect = fail_once
+    rig.begin()
+    assert rig.is_settled
+    assert rig.fetched("state") == [(10, 0), (10, 1), (10, 2), (10, 2)]
+    [trouble] = facts(LedgerTrouble, rig.done)
+    assert (trouble.round, trouble.damaged) == (10, True)
+
+
+def test_damaged_means_are_mended_from_a_peer() -> None:
+    rig = behind(3, 5)
+    failed: list[Effect] = []
+
+    def fail_once(effect: Effect) -> Event | None:
+        if isinstance(effect, Advance) and effect.round == 4 and not failed:
+            failed.append(effect)
+            rig.there = {4: {0, 1}}
+            return LedgerFailed(round=4, damaged=True, text="chunk 2")
+        return None
+
+    rig.on_effect = fail_once
+    rig.begin()
+    assert rig.is_settled
+    assert Counter(rig.fetched("mean"))[4, 2] == 2
+
+
+# --- who lies, dies, or has it no more ------------------------------------------------------------------------------
+
+
+def test_who_sends_a_record_that_does_not_fit_is_not_asked_again() -> None:
+    false = replace(HISTORY[4], means=bytes(32 * CHUNKS))
+    rig = behind(3, 6)
+    lies: list[ReadRecord] = []
+
+    def lie(effect: Effect) -> Event | None:
+        if isinstance(effect, ReadRecord) and effect.key.round == 4 and not lies:
+            lies.append(effect)
+            return RecordRead(peer=effect.peer, record=false)
+        return None
+
+    rig.on_effect = lie
+    rig.begin()
+    assert rig.is_settled
+    liar = lies[0].peer
+    assert rig.machine.providers.liars == {liar}
+    assert Counter(rig.fetched("record")) == {(3, 0): 1, (4, 0): 2, (5, 0): 1}
+    [*_, again] = [f for f in of(Fetch, rig.done) if f.key.kind == "record" and f.key.round == 4]
+    assert again.peer != liar
+
+
+def test_who_sends_a_chunk_that_is_another_is_not_asked_again() -> None:
+    rig = behind(3, 9)
+    rig.on_effect = lambda e: (
+        FetchFailed(peer="n0", key=e.key, fault="invalid") if isinstance(e, StoreChunk) and e.peer == "n0" else None
+    )
+    rig.begin()
+    assert rig.is_settled
+    assert rig.machine.providers.liars == {"n0"}
+    assert {e.peer for e in of(Fetch, rig.done)[-12:]} == {"n2"}
+
+
+def test_a_manifest_that_the_chain_does_not_name_is_asked_of_another() -> None:
+    rig = behind(0, 20, peers={"n0": everything(20, 10, (10,)), "n2": everything(20, 10, (10,))})
+    honest = rig.manifest
+
+    def lie(peer: str, round: int) -> ManifestRead:
+        return honest(peer, round) if peer == "n2" else replace(honest(peer, round), digest=digest("other"))
+
+    rig.manifest = lie  # type: ignore[method-assign]
+    rig.begin()
+    assert rig.is_settled
+    asked = [e.peer for e in of(ReadManifest, rig.done)]
+    assert asked[-1] == "n2"
+    assert rig.machine.providers.liars == ({"n0"} if "n0" in asked else set())
+
+
+@pytest.mark.parametrize("fault", ["gone", "late", "unreachable"])
+def test_what_a_member_does_not_give_another_gives(fault: str) -> None:
+    rig = behind(3, 9)
+    rig.lies = lambda peer, key: (
+        FetchFailed(peer=peer, key=key, fault=fault) if peer == "n0" and key.kind == "mean" else None  # type: ignore[arg-type]
+    )
+    rig.begin()
+    rig.wait(6.0)
+    assert rig.is_settled
+
+
+def test_what_was_asked_of_who_leaves_is_asked_of_another() -> None:
+    rig = behind(3, 6)
+    dead = True
+    answers = rig.perform
+
+    def mute(effect: Effect) -> Event | None:
+        return None if dead and isinstance(effect, Fetch) and effect.peer == "n0" else answers(effect)
+
+    rig.perform = mute  # type: ignore[method-assign]
+    rig.begin()
+    assert not rig.is_settled
+    dead = False
+    rig.peers.pop("n0")
+    rig.give(ViewChanged(view=run_view(6, "n2")))
+    assert rig.is_settled
+
+
+def test_a_snapshot_that_nobody_has_any_more_gives_way_to_another() -> None:
+    rig = behind(0, 20, peers={"n0": everything(20, 10, (10,))})
+    rig.lies = lambda peer, key: (
+        FetchFailed(peer=peer, key=key, fault="gone") if key.kind == "state" and key.round == 10 else None
+    )
+    rig.begin()
+    assert not rig.is_settled
+    rig.peers = {"n0": everything(20, 15, (15,))}
+    for _ in range(8):
+        rig.wait()
+    assert rig.is_settled
+    assert [e.round for e in of(LoadSnapshot, rig.done)] == [15]
+
+
+def test_when_nobody_has_what_the_last_commit_leads_to_that_is_said() -> None:
+    rig = behind(3, 6, peers={"n0": Holdings(round=3, means_from=0)})
+    rig.begin()
+    for _ in range(12):
+        rig.wait()
+    [fact] = facts(StateNowhere, rig.done)
+    assert (fact.round, fact.ours) == (6, 3)
+    assert "recover --force" in fact.advice
+
+
+# --- mending --------------------------------------------------------------------------------------------------------
+
+
+def differs(round: int, *wrong: int) -> Rig:
+    rig = Rig(
+        own=at(round, digest("wrong", round, sorted(wrong))),
+        run=round,
+        peers={"n0": everything(round), "n2": everything(round)},
+        wrong=set(wrong),
+    )
+    rig.begin()
+    return rig
+
+
+def test_a_state_that_differs_is_mended_by_the_chunks_that_differ() -> None:
+    rig = differs(7, 1)
+    assert rig.is_settled
+    assert rig.fetched("state") == [(7, 1)]
+    assert of(EndImport, rig.done) == [EndImport(round=7)]
+    [fact] = facts(StateDiverged, rig.done)
+    assert (fact.ours, fact.theirs) == (digest("wrong", 7, [1]).hex(), state(7).hex())
+    [mended] = facts(StateMended, rig.done)
+    assert (mended.chunks, mended.before, mended.now) == (1, digest("wrong", 7, [1]).hex(), state(7).hex())
+    assert told(rig.done, "membership")[-1] == told(rig.done, "exchange")[-1] == at(7)
+
+
+def test_a_commit_over_another_state_mends_ours_after_its_round() -> None:
+    """The chain says that our state is wrong; nobody asks the leader."""
+    rig = Rig(own=at(7), run=7, peers={"n0": everything(7)}, wrong=set())
+    rig.begin()
+    rig.give(at(7, digest("wrong", 7, [2])))
+    rig.wrong = {2}
+    rig.goes_on(8)
+    rig.give(FetchState())
+    rig.wait()
+    assert rig.is_settled
+    assert [e.round for e in of(Advance, rig.done)] == [7]
+    assert rig.fetched("state") == [(8, 2)]
+
+
+def test_a_mending_that_the_run_overtakes_goes_on_where_the_run_is() -> None:
+    rig = Rig(own=at(7, digest("wrong", 7, [0, 1])), run=7, peers={"n0": everything(7)}, wrong={0, 1})
+    moved: list[Effect] = []
+
+    def overtake(effect: Effect) -> Event | None:
+        if isinstance(effect, Fetch) and effect.key == ChunkKey(kind="state", round=7, chunk=1):
+            moved.append(effect)
+            rig.run = 8
+            rig.peers = {"n0": everything(8)}
+            return ViewChanged(view=run_view(8, "n0"))
+        return None
+
+    rig.on_effect = overtake
+    rig.begin()
+    rig.wait()
+    rig.wait()
+    assert moved
+    assert rig.is_settled
+    assert rig.machine.own == at(8)
+    assert Counter(rig.fetched("state")) == {(7, 0): 1, (7, 1): 1, (8, 1): 1}
+
+
+def test_a_leader_that_is_wrong_makes_no_liars_of_those_that_are_right() -> None:
+    rig = Rig(own=at(7), run=7, peers={"n0": everything(7)})
+    rig.give(ViewChanged(view=run_view(7, "n0")))
+    asked = rig.perform
+
+    def mistaken(effect: Effect) -> Event | None:
+        if isinstance(effect, Tell) and effect.event == AskAgain():
+            return RunAt(round=7, digest=digest("mistaken"))
+        return asked(effect)
+
+    rig.perform = mistaken  # type: ignore[method-assign]
+    rig.give(RunAt(round=7, digest=digest("mistaken")))
+    rig.wait()
+    assert not rig.machine.providers.liars
+    rig.perform = asked  # type: ignore[method-assign]
+    rig.wait()
+    assert rig.is_settled
+
+
+# --- the disk -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_said_and_the_catching_up_tried_again_later() -> None:
+    rig = behind(3, 5)
+    full = True
+    rig.on_effect = lambda e: (
+        LedgerFailed(round=3, damaged=False, text="no space") if full and isinstance(e, StoreRecord) else None
+    )
+    rig.begin()
+    assert not rig.is_settled
+    assert facts(LedgerTrouble, rig.done)
+    rig.wait()
+    assert not rig.is_settled, "not at once"
+    full = False
+    rig.wait(6.0)
+    assert rig.is_settled
+
+
+def settled(round: int, disk: LedgerAt = LedgerAt()) -> Rig:  # noqa: B008  (frozen)
+    rig = behind(round, round, disk=disk)
+    rig.begin()
+    return rig
+
+
+def test_a_snapshot_is_written_every_so_many_rounds() -> None:
+    rig = settled(9)
+    for round in range(10, 31):
+        rig.goes_on(round)
+        rig.give(at(round))
+        rig.give(LedgerAt(snapshots=tuple(range(10, round + 1, 10)), means=tuple(range(round))))
+    assert [e.round for e in of(WriteSnapshot, rig.done)] == [10, 20, 30]
+    assert [f.round for f in facts(SnapshotWritten, rig.done)] == [10, 20, 30]
+    last = of(Keep, rig.done)[-1]
+    assert (last.snapshots, last.means_from) == ((20, 30), 10)
+
+
+def test_a_snapshot_that_fails_is_said_and_the_next_is_written() -> None:
+    rig = settled(9)
+    rig.on_effect = lambda e: (
+        LedgerFailed(round=e.round, damaged=False, text="full")
+        if isinstance(e, WriteSnapshot) and e.round == 10
+        else None
+    )
+    for round in range(10, 21):
+        rig.goes_on(round)
+        rig.give(at(round))
+    assert [f.round for f in facts(LedgerTrouble, rig.done)] == [10]
+    assert [f.round for f in facts(SnapshotWritten, rig.done)] == [20]
+
+
+def test_a_snapshot_is_written_when_what_is_there_does_not_lead_to_our_state_any_more() -> None:
+    """Defect: a mean that nobody else had was damaged; who joined could not catch up, and we could not start again."""
+    rig = settled(12, disk=LedgerAt(snapshots=(10,), means=(10, 11)))
+    rig.goes_on(13)
+    rig.give(at(13), LedgerAt(snapshots=(10,), means=(10, 11, 12)))
+    assert not of(WriteSnapshot, rig.done)
+    rig.give(LedgerAt(snapshots=(10,), means=(11, 12)))
+    assert [e.round for e in of(WriteSnapshot, rig.done)] == [13]
+
+
+def test_who_does_not_know_a_member_does_not_answer_it() -> None:
+    rig = settled(12)
+    rig.give(Heard(peer="n9", message=AskLedger()))
+    assert not sent(rig.done, Holdings)
+
+
+def test_who_asks_is_told_what_is_on_disk_without_a_gap() -> None:
+    rig = settled(12, disk=LedgerAt(snapshots=(5, 10), means=(3, 4, 6, 7, 8, 9, 10, 11)))
+    rig.give(Heard(peer="n2", message=AskLedger()))
+    assert sent(rig.done[-1:], Holdings) == [("n2", Holdings(round=12, means_from=6, snapshots=(5, 10)))]
+
+
+def test_means_that_were_applied_just_now_count_as_there() -> None:
+    rig = settled(12, disk=LedgerAt(snapshots=(10,), means=(10, 11)))
+    rig.goes_on(13)
+    rig.give(at(13), Heard(peer="n2", message=AskLedger()))
+    assert sent(rig.done[-1:], Holdings) == [("n2", Holdings(round=13, means_from=10, snapshots=(10,)))]
+
+
+def test_who_is_behind_itself_tells_nothing() -> None:
+    rig = behind(3, 9, peers={"n0": Holdings(round=3, means_from=3)})
+    rig.begin()
+    rig.give(Heard(peer="n2", message=AskLedger()))
+    assert not sent(rig.done, Holdings)
+
+
+def test_nothing_is_fetched_any_more_once_the_node_is_settled() -> None:
+    rig = behind(3, 6)
+    rig.begin()
+    assert rig.machine.download.under_way == {}
+    rig.give(FetchFailed(peer="n0", key=ChunkKey(kind="mean", round=4, chunk=0), fault="late"))
+    assert not of(CancelFetches, rig.done)
+    assert rig.machine.download.waiting == deque()

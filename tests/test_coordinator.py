@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from prime_async.machines.coordinator import FIRST_CHAIN, Coordinator, next_chain
+from prime_async.machines.coordinator import Coordinator
 from prime_async.machines.facts import OwnersLost, RoundTakenOver, StateDiverged, WaitingForMembers
 from prime_async.machines.views import Views
 from prime_async.machines.vocabulary import CommitReady, Effect, Weighed
-from prime_async.messages import AskView, Behind, Commit, Have, Member, Open, Plan, Rate, Ready, Turn, View, bitmap
+from prime_async.messages import (
+    FIRST_CHAIN,
+    AskView,
+    Behind,
+    Commit,
+    Have,
+    Member,
+    Open,
+    Plan,
+    Rate,
+    Ready,
+    Turn,
+    View,
+    bitmap,
+    next_chain,
+)
 from tests.machine_harness import facts, full_member, member, sent, told, view
 
 A, B, C = b"a" * 32, b"b" * 32, b"c" * 32
@@ -75,6 +90,7 @@ class Leader:
             round=0,
             epoch=epoch,
             attempt=attempt,
+            state=bytes(32),
             digest=digest,
             incarnation=incarnation,
             received_per_s=received_per_s,
@@ -317,7 +333,7 @@ def test_means_are_ready_to_be_committed_when_a_quorum_holds_the_same() -> None:
     assert leader.have("n1") == []  # the same member twice is one
     assert leader.have("n0", B) == []
     assert commit(leader.have("n2")) == Commit(
-        round=0, epoch=1, attempt=0, digest=A, chain=next_chain(FIRST_CHAIN, A), view=3
+        round=0, epoch=1, attempt=0, state=bytes(32), digest=A, chain=next_chain(FIRST_CHAIN, bytes(32), A), view=3
     )
 
 
@@ -377,19 +393,19 @@ def test_without_a_quorum_for_any_digest_the_round_is_planned_from_the_beginning
 
 
 def test_the_commits_form_a_chain() -> None:
-    before = Commit(round=4, epoch=1, attempt=0, digest=B, chain=C, view=2)
+    before = Commit(round=4, epoch=1, attempt=0, state=bytes(32), digest=B, chain=C, view=2)
     leader = Leader(view(3, N0, commit=before), round=5)
     leader.open("n0", round=5)
     leader.ready("n0", 5)
     out: list[Effect] = []
-    leader.machine.on_have(0.0, "n0", Have(round=5, epoch=1, attempt=0, digest=A, incarnation=1), out)
+    leader.machine.on_have(0.0, "n0", Have(round=5, epoch=1, attempt=0, state=bytes(32), digest=A, incarnation=1), out)
     made_now = commit(out)
     assert made_now is not None
-    assert made_now.chain == next_chain(C, A)
+    assert made_now.chain == next_chain(C, bytes(32), A)
 
 
 def test_who_is_further_behind_than_the_last_commit_is_told() -> None:
-    before = Commit(round=4, epoch=1, attempt=0, digest=B, chain=C, view=2)
+    before = Commit(round=4, epoch=1, attempt=0, state=bytes(32), digest=B, chain=C, view=2)
     leader = Leader(view(3, N0, N1, commit=before), round=5)
     assert sent(leader.ready("n1", 3), Behind) == [("n1", Behind(round=5))]
     assert leader.ready("n1", 4) == []  # its view will show it the commit
@@ -456,7 +472,7 @@ def test_what_was_told_to_the_leader_of_another_epoch_or_by_an_earlier_start_doe
 
 
 def test_a_plan_of_an_earlier_round_is_not_carried_on() -> None:
-    before = Commit(round=0, epoch=1, attempt=0, digest=A, chain=B, view=3)
+    before = Commit(round=0, epoch=1, attempt=0, state=bytes(32), digest=A, chain=B, view=3)
     leader = Leader(view(7, N0, N1, N2, epoch=2, commit=before), round=1)
     leader.open("n0", round=1, epoch=2)
     leader.open("n1", FIRST, round=0, epoch=2)
@@ -485,7 +501,7 @@ def test_if_the_one_that_knew_the_plan_and_its_view_is_lost_it_is_not_waited_for
 
 
 def test_a_new_leader_that_is_behind_does_not_plan_until_it_has_caught_up() -> None:
-    before = Commit(round=4, epoch=1, attempt=0, digest=A, chain=B, view=3)
+    before = Commit(round=4, epoch=1, attempt=0, state=bytes(32), digest=A, chain=B, view=3)
     leader = Leader(view(7, N0, N1, epoch=2, commit=before), round=4)
     leader.open("n0", round=4, epoch=2)
     leader.open("n1", round=5, epoch=2)

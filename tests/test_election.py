@@ -13,6 +13,7 @@ from prime_async.machines.facts import CutOff, LeaderElected, LeaderSilent, Memb
 from prime_async.machines.membership import Membership
 from prime_async.machines.vocabulary import BallotStored, Effect, Heard, RunAt, StateAt, StoreBallot, Tick
 from prime_async.messages import (
+    FIRST_CHAIN,
     Accepted,
     Commit,
     Heartbeat,
@@ -28,7 +29,7 @@ from prime_async.messages import (
     View,
     Welcome,
 )
-from tests.machine_harness import LINEAGE, facts, full_member, member, of, sent, told, view
+from tests.machine_harness import LINEAGE, facts, full_member, member, of, sent, view
 from tests.membership_harness import (
     D0,
     TIMEOUT_S,
@@ -45,11 +46,12 @@ from tests.membership_harness import (
     machine,
     promise,
     restarted,
+    runs_at,
     stored,
     ticks,
 )
 
-COMMIT = Commit(round=3, epoch=1, attempt=0, digest=bytes(32), chain=bytes(32), view=4)
+COMMIT = Commit(round=3, epoch=1, attempt=0, state=bytes(32), digest=bytes(32), chain=bytes(32), view=4)
 V5 = full_view(5, "n0", "n1", "n2")
 YES = (1,)
 
@@ -183,7 +185,7 @@ def following() -> Membership:
 
 def _welcome(incarnation: int = 1) -> Welcome:
     at = view(5, full_member("n0"), full_member("n1", incarnation=incarnation), full_member("n2"))
-    return Welcome(epoch=1, view=at, round=0, state_digest=D0, provider="n0")
+    return Welcome(epoch=1, view=at, round=0, state_digest=D0)
 
 
 def test_a_candidate_is_not_supported_while_the_leader_is_heard_but_told_who_leads() -> None:
@@ -282,10 +284,11 @@ def test_an_accepted_proposal_is_answered_when_it_is_on_disk_and_not_before() ->
     effects = node.handle(1.0, Heard(peer="n0", message=proposal))
     [store] = of(StoreBallot, effects)
     assert not sent(effects, Accepted)
-    beats = sent(node.handle(1.1, Tick()), Heartbeat) + sent(node.handle(1.3, StateAt(round=0, digest=D0)), Heartbeat)
+    at = StateAt(round=0, digest=D0, chain=FIRST_CHAIN)
+    beats = sent(node.handle(1.1, Tick()), Heartbeat) + sent(node.handle(1.3, at), Heartbeat)
     assert {(m.epoch, m.view) for _, m in beats} == {(1, 5)}  # a heartbeat is as good as an answer
     assert [m.number for _, m in sent(node.handle(1.4, BallotStored(seq=store.seq)), Accepted)] == [6]
-    [(_, sign)] = sent(node.handle(1.5, StateAt(round=0, digest=D0)), Heartbeat)
+    [(_, sign)] = sent(node.handle(1.5, StateAt(round=0, digest=D0, chain=FIRST_CHAIN)), Heartbeat)
     assert (sign.epoch, sign.view) == (1, 6)
 
 
@@ -365,7 +368,7 @@ def test_a_candidate_with_the_promises_of_a_quorum_leads_a_new_epoch() -> None:
     node = restarted("n1", V5_OF_3, incarnation=1)
     effects = elect(node, 1.0, "n0", "n2")
     assert [f.epoch for f in facts(LeaderElected, effects)] == [2]
-    assert told(effects, "checkpoint") == [RunAt(round=0, digest=D0, provider="n1")]
+    assert runs_at(effects) == [RunAt(round=0, digest=D0)]
     assert [p for p, _ in sent(effects, Propose)] == ["n0", "n2"]
     assert node.view == V5  # nothing is decided yet
     accepts(node, 1.1, "n2")
@@ -417,7 +420,7 @@ def test_what_may_be_decided_is_proposed_again_before_anything_else() -> None:
 def test_a_restarted_founder_with_its_ballot_alone_leads_again_at_once_with_a_higher_epoch() -> None:
     first = founder()
     again = machine("n0", contacts=(), ballot=first.acceptor.ballot, incarnation=1000)
-    effects = give(again, 0.0, StateAt(round=4, digest=D0))
+    effects = give(again, 0.0, StateAt(round=4, digest=D0, chain=FIRST_CHAIN))
     effects += give(again, 0.0, Tick())
     assert again.role == "leader"
     assert first.view is not None
@@ -426,7 +429,7 @@ def test_a_restarted_founder_with_its_ballot_alone_leads_again_at_once_with_a_hi
     assert (again.view.epoch, again.view.number) == (2, 2)
     [me] = again.view.members
     assert (me.incarnation, me.voter, me.active) == (1000, True, True)
-    assert told(effects, "checkpoint") == [RunAt(round=4, digest=D0, provider="n0")]
+    assert runs_at(effects) == [RunAt(round=4, digest=D0)]
 
 
 def test_a_restarted_founder_whose_members_have_votes_cannot_lead_alone() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from blake3 import blake3
+from msgspec.structs import replace
 
 from prime_async.machines.attempt import Attempt
-from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
 from prime_async.machines.exchange import Exchange, ExchangeSettings
 from prime_async.machines.facts import ContributorLeftOut, RoundIgnored, RoundPlanned, StateDiverged
 from prime_async.machines.vocabulary import (
@@ -16,6 +16,7 @@ from prime_async.machines.vocabulary import (
     CancelFetches,
     ContributionFixed,
     Effect,
+    Event,
     Fetch,
     Fetched,
     FetchFailed,
@@ -24,15 +25,18 @@ from prime_async.machines.vocabulary import (
     Forget,
     Heard,
     MeansCommitted,
+    MeansStored,
     Reduce,
     Reduced,
     Settle,
     StateAt,
+    StoreMeans,
     Tick,
     ViewChanged,
     WakeAt,
 )
 from prime_async.messages import (
+    FIRST_CHAIN,
     Ask,
     AskView,
     Behind,
@@ -50,6 +54,7 @@ from prime_async.messages import (
     View,
     ViewUpdate,
     bitmap,
+    next_chain,
 )
 from tests.machine_harness import LINEAGE, facts, full_member, info, key, member, of, sent, told, view
 
@@ -58,13 +63,27 @@ THREE = view(3, N0, N1, N2)
 """With three chunks: n0 owns chunk 0, n1 owns chunk 1, n2 owns chunk 2."""
 ALL_DIGESTS = blake3(b"".join(info(c).digest for c in range(3))).digest()
 FIRST = Turn(epoch=1, attempt=0)
+STATE = bytes(32)
+"""Digest of everybody's outer state."""
+
+
+class OnDisk(Exchange):
+    """Its means are on disk as soon as it asks for that."""
+
+    def handle(self, now: float, event: Event) -> list[Effect]:
+        out = super().handle(now, event)
+        for store in of(StoreMeans, out):
+            out.remove(store)
+            stored = MeansStored(round=store.round, epoch=store.epoch, attempt=store.attempt)
+            out += super().handle(now, stored)
+        return out
 
 
 def exchange(me: str = "n1", chunks: int = 3, at: View = THREE, round: int = 0, window: int = 4) -> Exchange:
     settings = ExchangeSettings(me=me, chunk_count=chunks, chunk_window=window, mean_window=window)
-    node = Exchange(settings)
+    node = OnDisk(settings)
     node.handle(0.0, ViewChanged(view=at))
-    node.handle(0.0, StateAt(round=round, digest=bytes(32)))
+    node.handle(0.0, StateAt(round=round, digest=bytes(32), chain=FIRST_CHAIN))
     return node
 
 
@@ -93,7 +112,15 @@ def without(position: int, attempt: int = 1) -> Plan:
 
 
 def commit(attempt: int = 0, digest: bytes = ALL_DIGESTS, chain: bytes = FIRST_CHAIN, round: int = 0) -> Commit:
-    return Commit(round=round, epoch=1, attempt=attempt, digest=digest, chain=next_chain(chain, digest), view=3)
+    return Commit(
+        round=round,
+        epoch=1,
+        attempt=attempt,
+        state=STATE,
+        digest=digest,
+        chain=next_chain(chain, STATE, digest),
+        view=3,
+    )
 
 
 def commits(node: Exchange, made: Commit, now: float = 3.0, at: View | None = None) -> list[Effect]:
@@ -449,7 +476,7 @@ def test_an_ask_for_a_round_that_this_node_is_not_at_yet_is_answered_and_lower_p
     node = exchange(round=0)
     ask = Ask(round=1, epoch=1, attempt=1, chunks=(2,))
     assert sent(hears(node, ask), Held) == [("n0", Held(round=1, epoch=1, attempt=1))]
-    node.handle(2.0, StateAt(round=1, digest=bytes(32)))
+    node.handle(2.0, StateAt(round=1, digest=bytes(32), chain=FIRST_CHAIN))
     assert not asked(hears(node, plan(round=1)))
     turns = (FIRST, Turn(epoch=1, attempt=1, lost=bitmap((2,))))
     assert asked(hears(node, plan(1, round=1, turns=turns)))
@@ -575,7 +602,7 @@ def test_only_committed_means_are_handed_over_and_once() -> None:
     node, _ = planned()
     assert not told(complete(node), "training")
     effects = commits(node, commit())
-    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1, chain=commit().chain)]
     assert settles(effects) == [(0, (1, 0), ())]
     assert not told(node.handle(9.0, Tick()), "training")
 
@@ -599,7 +626,7 @@ def test_a_commit_may_come_before_the_means_and_gets_under_way_go_on() -> None:
     assert not told(effects, "training")
     assert not of(Fetch, effects)
     fetched(node, "n0", mean(0))
-    assert told(fetched(node, "n2", mean(2)), "training") == [MeansCommitted(round=0, position=1)]
+    assert told(fetched(node, "n2", mean(2)), "training") == [MeansCommitted(round=0, position=1, chain=commit().chain)]
 
 
 def test_what_a_node_had_still_to_make_at_the_commit_it_fetches_as_settled() -> None:
@@ -649,7 +676,7 @@ def follow(node: Exchange) -> list[Effect]:
 def test_a_node_without_a_contribution_follows_a_commit_without_a_plan() -> None:
     node = exchange()
     assert asked(commits(node, commit())) == [("n0", "mean", 0), ("n0", "mean", 1), ("n0", "mean", 2)]
-    assert told(follow(node), "training") == [MeansCommitted(round=0, position=-1)]
+    assert told(follow(node), "training") == [MeansCommitted(round=0, position=-1, chain=commit().chain)]
 
 
 def test_a_contributor_that_never_saw_the_plan_learns_its_place_from_the_view_of_the_commit() -> None:
@@ -662,7 +689,7 @@ def test_a_contributor_that_never_saw_the_plan_learns_its_place_from_the_view_of
     assert sent(effects, AskView) == [("n0", AskView(number=3))]
     assert sent(node.handle(4.0, Tick()), AskView) == [("n2", AskView(number=3))]
     effects = hears(node, ViewUpdate(epoch=1, decided=True, view=THREE), peer="n2")
-    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1, chain=commit().chain)]
 
 
 def test_a_contributor_that_was_not_in_the_plan_keeps_its_progress() -> None:
@@ -672,7 +699,7 @@ def test_a_contributor_that_was_not_in_the_plan_keeps_its_progress() -> None:
     for chunk in range(3):
         head = ChunkInfo(digest=info(chunk).digest, contributors=bitmap((0, 1)), total_weight=3)
         effects = node.handle(2.0, Fetched(peer="n0", key=settled(chunk), info=head))
-    assert told(effects, "training") == [MeansCommitted(round=0, position=-1)]
+    assert told(effects, "training") == [MeansCommitted(round=0, position=-1, chain=commit().chain)]
 
 
 def test_what_an_earlier_start_of_this_node_contributed_does_not_use_up_its_progress() -> None:
@@ -681,14 +708,14 @@ def test_what_an_earlier_start_of_this_node_contributed_does_not_use_up_its_prog
     node.handle(0.1, ViewChanged(view=view(4, N0, again, N2)))
     fix(node)
     commits(node, commit())
-    assert told(follow(node), "training") == [MeansCommitted(round=0, position=-1)]
+    assert told(follow(node), "training") == [MeansCommitted(round=0, position=-1, chain=commit().chain)]
 
 
 def test_who_was_removed_and_taken_in_again_since_it_contributed_still_knows_its_place() -> None:
     node, _ = planned()
     complete(node)
     node.handle(2.5, ViewChanged(view=view(4, N0, full_member("n1", incarnation=2), N2)))
-    assert told(commits(node, commit()), "training") == [MeansCommitted(round=0, position=1)]
+    assert told(commits(node, commit()), "training") == [MeansCommitted(round=0, position=1, chain=commit().chain)]
 
 
 def test_who_holds_other_means_than_the_committed_ones_fetches_those_from_the_leader() -> None:
@@ -701,7 +728,7 @@ def test_who_holds_other_means_than_the_committed_ones_fetches_those_from_the_le
     fetched(node, "n0", settled(0))
     fetched(node, "n0", settled(1), fill=9)
     effects = fetched(node, "n0", settled(2))
-    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1, chain=commit(digest=right).chain)]
     assert settles(effects) == [(0, (0, 0), ())]
 
 
@@ -712,7 +739,7 @@ def test_a_commit_of_an_earlier_plan_takes_what_was_held_under_its_numbers() -> 
     node.handle(2.5, ViewChanged(view=view(4, N0, N1)))
     hears(node, without(2))
     effects = commits(node, commit())
-    assert told(effects, "training") == [MeansCommitted(round=0, position=1)]
+    assert told(effects, "training") == [MeansCommitted(round=0, position=1, chain=commit().chain)]
 
 
 def test_settled_means_that_differ_from_the_commit_end_in_fetching_the_state_and_are_tried_again_later() -> None:
@@ -728,22 +755,57 @@ def test_a_commit_that_does_not_continue_the_chain_ends_in_fetching_the_state() 
     node, _ = planned()
     complete(node)
     commits(node, commit())
-    node.handle(3.0, StateAt(round=1, digest=bytes(32)))
+    node.handle(3.0, StateAt(round=1, digest=bytes(32), chain=FIRST_CHAIN))
     effects = commits(node, commit(round=1, chain=b"?" * 32))
     assert facts(StateDiverged, effects)
     assert told(effects, "checkpoint") == [FetchState()]
 
 
-def test_the_first_commit_after_a_state_was_fetched_begins_a_new_chain() -> None:
+def test_after_a_state_was_fetched_its_chain_is_gone_on_with() -> None:
     """Defect: a node that had missed a round took the next commit for a forgery, and fetched the state again."""
     node, _ = planned()
     complete(node)
     commits(node, commit())
-    node.handle(3.0, StateAt(round=1, digest=bytes(32)))
-    node.handle(4.0, StateAt(round=2, digest=bytes(32)))  # fetched
+    node.handle(3.0, StateAt(round=1, digest=bytes(32), chain=commit().chain))
+    node.handle(4.0, StateAt(round=2, digest=bytes(32), chain=b"?" * 32))  # fetched
     effects = commits(node, commit(round=2, chain=b"?" * 32))
     assert not facts(StateDiverged, effects)
     assert asked(effects)
+
+
+def test_a_commit_over_another_outer_state_than_ours_says_that_ours_is_wrong() -> None:
+    node, _ = planned()
+    complete(node)
+    made = replace(commit(), state=b"?" * 32, chain=next_chain(FIRST_CHAIN, b"?" * 32, ALL_DIGESTS))
+    effects = commits(node, made)
+    [fact] = facts(StateDiverged, effects)
+    assert (fact.ours, fact.theirs) == (STATE.hex(), (b"?" * 32).hex())
+    assert told(effects, "checkpoint") == [FetchState()]
+    assert not told(effects, "training")
+
+
+def test_means_are_said_to_be_held_when_they_are_on_disk_and_not_before() -> None:
+    node = Exchange(ExchangeSettings(me="n1", chunk_count=3))
+    node.handle(0.0, ViewChanged(view=THREE))
+    node.handle(0.0, StateAt(round=0, digest=STATE, chain=FIRST_CHAIN))
+    fix(node)
+    hears(node, plan())
+    effects = complete(node)
+    [store] = of(StoreMeans, effects)
+    assert (store.round, store.epoch, store.attempt, store.exceptions) == (0, 1, 0, ())
+    assert not sent(effects, Have)
+    assert not sent(node.handle(9.0, Tick()), Have)
+    stored = node.handle(9.1, MeansStored(round=0, epoch=1, attempt=0))
+    [(_, have)] = sent(stored, Have)
+    assert (have.state, have.digest) == (STATE, ALL_DIGESTS)
+
+
+def test_a_state_that_was_mended_is_said_anew() -> None:
+    node, _ = planned()
+    complete(node)
+    effects = node.handle(3.0, StateAt(round=0, digest=b"?" * 32, chain=FIRST_CHAIN))
+    [(_, have)] = sent(effects, Have)
+    assert have.state == b"?" * 32
 
 
 def test_a_node_that_missed_a_whole_commit_fetches_the_state_once() -> None:
@@ -774,18 +836,18 @@ def test_a_node_that_is_told_that_it_is_behind_fetches_the_state() -> None:
 
 def test_a_new_outer_state_drops_what_no_one_needs_and_abandons_the_rest() -> None:
     node, _ = planned()
-    effects = node.handle(3.0, StateAt(round=1, digest=bytes(32)))
+    effects = node.handle(3.0, StateAt(round=1, digest=bytes(32), chain=FIRST_CHAIN))
     assert of(Forget, effects) == [Forget(means_before=1, contributions_before=1)]  # it has none of those before
     assert of(CancelFetches, effects)
     assert fetched(node, "n0", key("contribution", 1)) == []
-    assert not of(Forget, node.handle(3.0, StateAt(round=1, digest=bytes(32))))
+    assert not of(Forget, node.handle(3.0, StateAt(round=1, digest=bytes(32), chain=FIRST_CHAIN)))
 
 
 def test_who_came_to_a_state_by_its_round_still_gives_the_means_of_it() -> None:
     node, _ = planned()
     complete(node)
     commits(node, commit())
-    effects = node.handle(4.0, StateAt(round=1, digest=bytes(32)))
+    effects = node.handle(4.0, StateAt(round=1, digest=bytes(32), chain=FIRST_CHAIN))
     assert of(Forget, effects) == [Forget(means_before=0, contributions_before=1)]
 
 

@@ -15,10 +15,13 @@ from prime_async.machines import membership as membership_module
 from prime_async.machines.acceptor import Acceptor
 from prime_async.machines.attempt import Attempt, Means, Number
 from prime_async.machines.ballot import Ballot
+from prime_async.machines.catchup import manifest_key
+from prime_async.machines.checkpoint import Checkpoint
 from prime_async.machines.coordinator import Coordinator
 from prime_async.machines.exchange import Exchange
 from prime_async.machines.fetches import Fetches
 from prime_async.machines.membership import Membership
+from prime_async.machines.records import Records
 from prime_async.machines.reducing import Reducing
 from prime_async.machines.training import Training
 from prime_async.machines.vocabulary import (
@@ -27,6 +30,7 @@ from prime_async.machines.vocabulary import (
     CommitReady,
     Effect,
     Event,
+    ManifestRead,
     MeansCommitted,
     Reduce,
     Send,
@@ -34,13 +38,17 @@ from prime_async.machines.vocabulary import (
     StoreBallot,
     Tell,
 )
-from prime_async.messages import ChunkKey, Commit, Ready, Turn, View, bitmap
+from prime_async.messages import FIRST_CHAIN, ChunkInfo, ChunkKey, Commit, Ready, Turn, View, bitmap, next_chain
+from prime_async.testing import SimNode, SimulationSettings
 from prime_async.testing import properties_of_rounds as rounds
 from prime_async.testing import properties_of_views as views
-from prime_async.testing.properties import BrokenPropertyError
+from prime_async.testing.ledger import SimLedger
+from prime_async.testing.properties import BrokenPropertyError, Properties
 from prime_async.testing.schedules import Chaos, run_schedule
-from tests.simulation_harness import TIMEOUT_S, points, steady
+from prime_async.testing.store import BrokenModelError
+from tests.simulation_harness import TIMEOUT_S, points, reach, steady
 from tests.test_exploration import run_kind
+from tests.test_simulation_ledger import ALL_MEANS, KEEPS, LIES, false_bytes, false_manifest, false_record
 
 Run = Callable[[], object]
 
@@ -50,6 +58,16 @@ def is_caught_by(name: str, *runs: Run) -> None:
     with pytest.raises(BrokenPropertyError, match=f"^{name}"):
         for run in runs:
             run()
+
+
+def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks at this property, which would be broken first."""
+    require = Properties._require
+
+    def _require(self: Properties, holds: bool, property: str, what: Callable[[], str]) -> None:  # pickled by name
+        require(self, holds or property == name, property, what)
+
+    monkeypatch.setattr(Properties, "_require", _require)
 
 
 def crashes(victims: tuple[str, ...] = ("n3",), every: int = 6, nodes: int = 4, seconds: float = 30.0) -> list[Run]:
@@ -129,6 +147,7 @@ def test_counting_a_mean_of_a_lower_number_is_caught(monkeypatch: pytest.MonkeyP
         return blake3(b"".join(self.held[c][n].digest for c, n in sorted(best.items()) if n is not None)).digest()
 
     monkeypatch.setattr(Means, "digest", any_number)
+    without(rounds.ON_DISK, monkeypatch)
     is_caught_by(rounds.HONEST, *crashes(("n1", "n2", "n3"), every=2))
 
 
@@ -194,9 +213,27 @@ def test_applying_before_the_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -
         self.hand_over.done = True
         exceptions = tuple(attempt.key(c) for c, n in attempt.numbers.items() if n != attempt.number)
         epoch, number = attempt.number
-        out.append(Settle(round=attempt.round, epoch=epoch, attempt=number, exceptions=exceptions))
+        commit = Commit(
+            round=attempt.round,
+            epoch=epoch,
+            attempt=number,
+            state=self.hand_over.state,
+            digest=bytes(32),
+            chain=bytes(32),
+            view=attempt.view.number,
+        )
+        settle = Settle(
+            round=attempt.round,
+            epoch=epoch,
+            attempt=number,
+            commit=commit,
+            previous=self.hand_over.chain,
+            exceptions=exceptions,
+        )
+        out.append(settle)
         place = attempt.members.index(self.settings.me) if self.settings.me in attempt.weights else -1
-        out.append(Tell(actor="training", event=MeansCommitted(round=attempt.round, position=place)))
+        committed = MeansCommitted(round=attempt.round, position=place, chain=commit.chain)
+        out.append(Tell(actor="training", event=committed))
 
     monkeypatch.setattr(Exchange, "_say_have", eager)
     is_caught_by(rounds.ONLY_COMMITTED, *schedules(5))
@@ -205,24 +242,98 @@ def test_applying_before_the_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_committing_what_no_quorum_holds_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def rash(self: Coordinator, attempt: Attempt) -> Commit | None:
         for have in self.haves.values():
-            chain = self.view.commit.chain if self.view and self.view.commit else coordinator_module.FIRST_CHAIN
+            chain = self.view.commit.chain if self.view and self.view.commit else FIRST_CHAIN
             return Commit(
                 round=attempt.round,
                 epoch=attempt.plan.epoch,
                 attempt=attempt.plan.attempt,
+                state=have.state,
                 digest=have.digest,
-                chain=coordinator_module.next_chain(chain, have.digest),
+                chain=next_chain(chain, have.state, have.digest),
                 view=attempt.plan.view,
             )
         return None
 
     monkeypatch.setattr(Coordinator, "_commit", rash)
+    without(rounds.SAFE, monkeypatch)
     is_caught_by(rounds.QUORUM_HOLDS, *schedules(50), *kinds("five of twelve", 5))
 
 
 def test_a_chain_that_does_not_follow_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator_module, "next_chain", lambda _chain, digest: digest)
+    monkeypatch.setattr(coordinator_module, "next_chain", lambda _chain, _state, digest: digest)
     is_caught_by(rounds.ONE_COMMIT, *schedules(20))
+
+
+# --- the ledger ----------------------------------------------------------------------------------------------------
+
+
+def hasty_have(self: Exchange, now: float, out: list[Effect]) -> None:
+    """As if what is to be put on disk were there at once."""
+    if self.chunks.attempt is not None and self.chunks.plan_digest is not None:
+        self.stored = self.chunks.attempt.number
+    ADVANCE(self, now, out)
+
+
+ADVANCE = Exchange._advance
+
+
+def test_saying_have_before_the_means_are_on_disk_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Exchange, "_advance", hasty_have)
+    without(rounds.SAFE, monkeypatch)
+    is_caught_by(rounds.ON_DISK, *schedules(5))
+
+
+def test_a_commit_of_means_that_crashes_could_lose_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if nobody looked at who says what."""
+    monkeypatch.setattr(Exchange, "_advance", hasty_have)
+    without(rounds.ON_DISK, monkeypatch)
+    is_caught_by(rounds.SAFE, *schedules(40))
+
+
+def joins_among_liars(kind: str, false: Callable[[Chaos, ChunkInfo], ChunkInfo], settings: SimulationSettings) -> Run:
+    """Whatever the joiner asks for of this kind is false; of means, those of the rounds before the last."""
+
+    def run() -> None:
+        chaos = steady(4, settings=settings)
+        reach(chaos, 13, 80)
+
+        def lies(_server: SimNode, key: ChunkKey, info: ChunkInfo) -> ChunkInfo:
+            if kind == "state" and key.kind == "manifest":
+                return false_manifest(chaos, info)
+            if key.kind != kind or (kind == "mean" and key.round > 11):
+                return info
+            return false(chaos, info)
+
+        chaos.simulation.store.lies = lies
+        chaos.simulation.start("n4")
+        chaos.simulation.run_for(30.0)
+
+    return run
+
+
+def test_believing_a_record_that_the_chain_does_not_name_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Records, "_fits", lambda _self, _record, _round, _chain: True)
+    is_caught_by(rounds.ONLY_COMMITTED, joins_among_liars("record", false_record, ALL_MEANS))
+
+
+def test_taking_a_mean_that_is_not_the_one_of_its_record_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimLedger, "is_right", lambda _self, _info, _expected: True)
+    with pytest.raises(BrokenModelError, match="without its means"):
+        joins_among_liars("mean", false_bytes, ALL_MEANS)()
+
+
+def test_believing_a_manifest_that_the_chain_does_not_name_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trusting(self: Checkpoint, _now: float, read: ManifestRead, out: list[Effect]) -> None:
+        self.download.done(manifest_key(read.round))
+        self.catch_up.on_manifest(read, out)
+
+    monkeypatch.setattr(Checkpoint, "_on_manifest", trusting)
+    is_caught_by(rounds.IN_THE_CHAIN, joins_among_liars("state", false_bytes, KEEPS))
+
+
+def test_where_all_lie_and_nobody_is_believed_nothing_is_broken() -> None:
+    for kind, false, settings in LIES:
+        joins_among_liars(kind, false, settings)()
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

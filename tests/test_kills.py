@@ -176,11 +176,11 @@ async def test_a_joiner_that_is_killed_while_it_fetches_the_state_holds_nobody_u
     async with scene(tmp_path, NAMES[:3]) as nodes:
         joiner = await nodes.start("d")
         left = written_by(joiner.process.pid)
-        await joiner.until(lambda: joiner.told("state_fetch_started") != [], LIMIT_S)
+        await joiner.until(lambda: joiner.told("catch_up_started") != [], LIMIT_S)
         await joiner.kill()
-        assert joiner.told("state_fetched") == []
+        assert joiner.told("caught_up") == []
         assert {path for path in left if joiner.directory not in path.parents} == set()
-        killed_in = joiner.told("state_fetch_started")[0]["round"]
+        killed_in = joiner.told("catch_up_started")[0]["run_round"]
         await assert_they_went_on(nodes.all_but("d"), killed_in)
         again = await nodes.start("d")
         await shared_rounds(again, 1, 4)

@@ -6,8 +6,9 @@ Nothing waits for luck: a test waits for what a node reports, and only the limit
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,19 +18,18 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import trio
-from torch import Tensor
 
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
-from prime_async.config.spec import run_id
 from prime_async.errors import (
     ConfigError,
     NonFiniteError,
     RefusedError,
 )
-from prime_async.ledger import BALLOT_FILE, STATE_FILE, StateFile
+from prime_async.ledger import BALLOT_FILE
 from prime_async.log import read_log, replay
 from prime_async.machines.facts import (
+    CaughtUp,
     CutOff,
     Fact,
     HeldOutLoss,
@@ -41,13 +41,13 @@ from prime_async.machines.facts import (
     PeerDropped,
     RoundFinished,
     RoundPlanned,
-    StateFetched,
-    StateFetchStarted,
+    SnapshotWritten,
     StateSaved,
     ViewAdopted,
 )
 from prime_async.messages import Ready, encode
 from prime_async.node import Node, open_node
+from prime_async.node.build import node_ledger
 from prime_async.node.events import KEPT_EVENTS, EventStream
 from prime_async.transport.memory import MemoryNetwork
 from prime_async.work.buffer_workload import BufferWorkload
@@ -109,14 +109,6 @@ class Walker(BufferWorkload):
     def end_import(self, round: int) -> bytes:
         self.moved = 0.0
         return super().end_import(round)
-
-    def named_state(self) -> Mapping[str, Tensor]:
-        return {"vector": self.values}
-
-    def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:
-        for chunk in range(self.chunk_count):
-            super().import_state(chunk, memoryview(tensors["vector"][self._chunks.span(chunk)].numpy().tobytes()))
-        return self.end_import(round)
 
 
 @dataclass
@@ -243,7 +235,7 @@ async def test_a_late_joiner_gets_the_state_and_takes_part(place: Place) -> None
             await until(first, RoundFinished, lambda f: f.round >= 3)
             late = Walker(pace=9.0)
             async with place.node(2, late) as joiner:
-                assert (await until(joiner, StateFetched)).round >= 4
+                assert (await until(joiner, CaughtUp)).round >= 4
                 planned = await until(joiner, RoundPlanned, lambda f: f.contributors == 3)
                 mine = await until(joiner, RoundFinished, lambda f: f.round >= planned.round)
                 theirs = await until(first, RoundFinished, lambda f: f.round == mine.round)
@@ -281,7 +273,9 @@ async def test_a_node_that_dies_in_mid_exchange_holds_nobody_up_for_long(place: 
 def saved_state(place: Place, name: int, **run: Any) -> Walker:
     """What a node left on disk."""
     config, found = place.config(name, **run), Walker()
-    assert StateFile(config.node.directory, run_id(config.run)).load(found)
+    ledger = node_ledger(config, found)
+    assert ledger is not None
+    assert ledger.restore().round
     return found
 
 
@@ -406,7 +400,7 @@ async def test_leaving_the_block_early_stops_after_the_step_and_keeps_the_state(
         reports = [fact async for fact in node.events]
     assert any(isinstance(f, StateSaved) for f in reports)
     assert walker.round >= 1
-    assert (place.directory / "n0" / STATE_FILE).exists()
+    assert list((place.directory / "n0" / "snapshots").iterdir())
 
 
 async def test_leaving_the_block_at_once_is_no_mistake(place: Place) -> None:
@@ -477,7 +471,8 @@ async def test_a_node_with_a_later_state_than_the_leader_keeps_it(place: Place) 
     with trio.fail_after(LIMIT_S):
         async with place.node(0, **short), place.node(1, kept, **short) as member:
             await until(member, RoundFinished, lambda f: f.round >= 2)
-        (place.directory / "n0" / STATE_FILE).unlink()
+        shutil.rmtree(place.directory / "n0" / "snapshots")
+        shutil.rmtree(place.directory / "n0" / "means")
         for name in ("n0", "n1"):
             (place.directory / name / BALLOT_FILE).unlink()
         async with place.node(0, Walker(step_s=0.3), **short):
@@ -505,10 +500,9 @@ async def test_a_state_that_is_half_replaced_is_not_saved(place: Place) -> None:
                     await until(first, RoundFinished, lambda f: f.round > behind + 2)
                     walker.on_import = lambda _: trio.from_thread.run_sync(life.cancel)
                     place.network.heal()
-                    await until(second, StateFetched)
+                    await until(second, CaughtUp)
             assert life.cancelled_caught
-    if (place.directory / "n1" / STATE_FILE).exists():
-        saved_state(place, 1, **short)  # it is whole
+    saved_state(place, 1, **short)  # it is whole
 
 
 # --- what a node tells ----------------------------------------------------------------------------------------------
@@ -525,10 +519,10 @@ async def test_the_events_tell_how_a_node_joined(place: Place) -> None:
 async def test_a_slow_reader_misses_the_oldest_events_and_they_are_counted() -> None:
     stream = EventStream()
     for i in range(KEPT_EVENTS + 10):
-        stream.put(StateFetchStarted(round=i, provider="n0"))
+        stream.put(SnapshotWritten(round=i))
     assert stream.missed == 10
     stream.close()
-    rounds = [fact.round async for fact in stream if isinstance(fact, StateFetchStarted)]
+    rounds = [fact.round async for fact in stream if isinstance(fact, SnapshotWritten)]
     assert rounds == list(range(10, KEPT_EVENTS + 10))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from prime_async.work.workload import StepReport
 
 ELEMENTS, CHUNK = 5000, 1024
 LIMIT_S = 30.0
+STEP_S = 0.05
 
 
 class SteadyWorkload(BufferWorkload):
@@ -33,7 +35,8 @@ class SteadyWorkload(BufferWorkload):
 
     def train(self, steps: int, on_step: Any) -> None:
         for i in range(steps):
-            on_step(StepReport(step=i, loss=0.0, tokens=1, seconds=0.0))
+            time.sleep(STEP_S)  # the work: a joiner takes an outer step in less
+            on_step(StepReport(step=i, loss=0.0, tokens=1, seconds=STEP_S))
 
 
 def workload(seed: int) -> BufferWorkload:

@@ -20,6 +20,7 @@ from prime_async.messages import (
     ChunkKey,
     Commit,
     HeldMean,
+    Included,
     Member,
     Plan,
     Rate,
@@ -34,6 +35,7 @@ from tests.protocols_harness import (
     ALL,
     KINDS,
     MOST,
+    ROOTS,
     PlaneName,
     bytes_of,
     choices,
@@ -46,17 +48,23 @@ from tests.protocols_harness import (
     values,
 )
 
-LIMITS: dict[PlaneName, int] = {"control": MAX_CONTROL_BYTES, "bulk": MAX_HEADER_BYTES}
-PARTS = (Member, View, Commit, Change, Turn, Plan, HeldMean, Rate, ChunkKey, ChunkInfo)
+LIMITS: dict[PlaneName, int] = {
+    "control": MAX_CONTROL_BYTES,
+    "bulk": MAX_HEADER_BYTES,
+    "records": MAX_CONTROL_BYTES,  # there is none but that of payloads, which is the run's
+}
+PARTS = (Member, View, Commit, Change, Turn, Plan, HeldMean, Rate, ChunkKey, ChunkInfo, Included)
 """What messages are made of, beside plain values."""
 
 VECTORS: list[tuple[PlaneName, dict[str, Any]]] = [
     *(("control", v) for v in load("vectors/control.json")),
     *(("bulk", v) for v in load("vectors/bulk.json")),
+    *(("records", v) for v in load("vectors/records.json")),
 ]
 REJECTED: list[tuple[PlaneName, dict[str, Any]]] = [
     *(("control", v) for v in load("rejected/control.json")),
     *(("bulk", v) for v in load("rejected/bulk.json")),
+    *(("records", v) for v in load("rejected/records.json")),
 ]
 
 each_message = pytest.mark.parametrize(("plane", "kind"), ALL, ids=[tag(kind) for _, kind in ALL])
@@ -96,7 +104,7 @@ def is_rejected(plane: PlaneName, tree: dict[str, Any]) -> tuple[bool, bool]:
 # --- nothing is left out --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("plane", "union"), [("control", "control-message"), ("bulk", "bulk-header")])
+@pytest.mark.parametrize(("plane", "union"), list(ROOTS.items())[:3])
 def test_every_message_has_a_rule_and_every_rule_a_message(plane: PlaneName, union: str) -> None:
     assert sorted(choices(plane, union)) == sorted(rule_of(tag(kind)) for kind in structs(KINDS[plane]))
 

@@ -18,15 +18,28 @@ from prime_async.errors import ConfigError, NonFiniteError, StorageError
 from prime_async.ledger import BallotFile, StoredBallot
 from prime_async.log import effects_digest
 from prime_async.machines.ballot import Ballot, apply_change, is_quorum, view_digest
-from prime_async.machines.coordinator import FIRST_CHAIN, next_chain
 from prime_async.machines.owners import assign
 from prime_async.machines.vocabulary import ActorName, Effect, Event, Send, Tell, ViewChanged, WakeAt
-from prime_async.messages import Change, Commit, Have, Member, Turn, View, bitmap, decode, encode
+from prime_async.messages import (
+    FIRST_CHAIN,
+    Change,
+    Commit,
+    Have,
+    Member,
+    Record,
+    Turn,
+    View,
+    bitmap,
+    decode,
+    encode,
+    next_chain,
+    state_digest,
+)
 from prime_async.testing import SimNode, Simulation
 from prime_async.work.codec import as_bytes, as_tensor, make_codec
 from prime_async.work.outer import OuterState
 from prime_async.work.reduce import weighted_mean
-from tests.protocols_harness import from_diagnostic, load, validate, values
+from tests.protocols_harness import bytes_of, from_diagnostic, load, validate, values
 
 CODEC: list[dict[str, Any]] = load("vectors/codec.json")
 MEANS: list[dict[str, Any]] = load("vectors/mean.json")
@@ -111,18 +124,29 @@ def test_the_outer_state_has_the_golden_chunks_and_digests(case: dict[str, Any])
         state.import_chunk(chunk, memoryview(bytes.fromhex(data)))
 
     assert state.end_import(case["round"]).hex() == case["state_digest_hex"]
-    assert [state.chunk_digest(c).hex() for c in range(state.chunks.count)] == case["chunk_digests_hex"]
+    assert state.chunk_digests.hex() == "".join(case["chunk_digests_hex"])
     assert [state.export_chunk(c).hex() for c in range(state.chunks.count)] == case["chunks_hex"]
-    whole = case["round"].to_bytes(8, "little") + b"".join(map(bytes.fromhex, case["chunk_digests_hex"]))
+    whole = case["round"].to_bytes(8, "little") + state.chunk_digests
     assert blake3(whole).hexdigest() == case["state_digest_hex"]
+    assert state_digest(case["round"], state.chunk_digests).hex() == case["state_digest_hex"]
 
 
 def test_the_chain_of_commits_is_the_golden_one() -> None:
     chain = FIRST_CHAIN
     for case in DIGESTS["commit_chain"]:
         assert chain.hex() == case["previous_hex"]
-        chain = next_chain(chain, bytes.fromhex(case["digest_hex"]))
+        state, digest = bytes.fromhex(case["state_hex"]), bytes.fromhex(case["digest_hex"])
+        assert blake3(chain + state + digest).hexdigest() == case["chain_hex"]
+        chain = next_chain(chain, state, digest)
         assert chain.hex() == case["chain_hex"]
+
+
+def test_a_golden_record_proves_itself_with_the_chain() -> None:
+    (record,) = [decode(bytes_of(v), Record) for v in load("vectors/records.json") if v["name"] == "record"]
+
+    assert blake3(record.means).digest() == record.commit.digest
+    assert next_chain(record.previous, record.commit.state, record.commit.digest) == record.commit.chain
+    assert sum(run.chunks for run in record.included) == len(record.means) // 32
 
 
 def test_digests_of_chunks_and_of_all_means_are_the_golden_ones() -> None:
@@ -161,7 +185,7 @@ def test_members_report_and_commit_the_digest_of_all_means_in_chunk_order() -> N
         assert blake3(bytes.fromhex(joined)).digest() == message.digest
     chain = FIRST_CHAIN
     for _, commit in sorted(commits.items()):
-        chain = next_chain(chain, commit.digest)
+        chain = next_chain(chain, commit.state, commit.digest)
         assert commit.chain == chain
 
 

@@ -24,7 +24,7 @@ def member(id: str, incarnation: int = 1) -> Member:
     )
 
 
-COMMIT = Commit(round=6, epoch=3, attempt=0, digest=bytes(32), chain=bytes(32), view=3)
+COMMIT = Commit(round=6, epoch=3, attempt=0, state=bytes(32), digest=bytes(32), chain=bytes(32), view=3)
 
 
 def two_nodes(me: str) -> Ballot:
@@ -42,7 +42,7 @@ def two_nodes(me: str) -> Ballot:
 
 
 def test_the_new_lineage_has_this_node_as_its_only_voter_in_a_higher_epoch() -> None:
-    ballot = new_lineage(two_nodes("b"), "b", 7)
+    ballot = new_lineage(two_nodes("b"), "b", COMMIT)
     assert ballot.view is not None
     assert [(m.id, m.incarnation, m.voter, m.active) for m in ballot.view.members] == [("b", 8, True, False)]
     assert is_quorum(ballot.view, {"b"})
@@ -52,16 +52,16 @@ def test_the_new_lineage_has_this_node_as_its_only_voter_in_a_higher_epoch() -> 
     assert ballot.view.lineage != bytes(32)
 
 
-def test_the_chain_goes_on_only_from_the_state_that_the_last_commit_leads_to() -> None:
-    for round, expected in ((7, COMMIT), (6, None), (0, None)):
-        view = new_lineage(two_nodes("b"), "b", round).view
+def test_the_chain_goes_on_from_the_commit_that_led_to_the_state_that_is_left() -> None:
+    for tip in (COMMIT, replace(COMMIT, round=3), None):
+        view = new_lineage(two_nodes("b"), "b", tip).view
         assert view is not None
-        assert view.commit == expected
+        assert view.commit == tip
 
 
 def test_a_node_that_was_never_a_member_has_no_lineage() -> None:
     with pytest.raises(ValueError, match="never a member"):
-        new_lineage(Ballot(incarnations=(1,)), "b", 0)
+        new_lineage(Ballot(incarnations=(1,)), "b", None)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_forced_it_leaves_a_ballot_of_a_new_lineage(config: Path) -> None:
     stored = two_nodes(me)
     ballots(config).save(stored)
     assert recover(config, force=True) == 0
-    assert ballots(config).load() == new_lineage(stored, me, 0)
+    assert ballots(config).load() == new_lineage(stored, me, None)
 
 
 def test_adopting_gives_the_ballot_up_and_keeps_a_copy(config: Path) -> None:

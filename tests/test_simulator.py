@@ -35,7 +35,7 @@ from prime_async.machines.vocabulary import (
     Tick,
     WakeAt,
 )
-from prime_async.messages import Accepted, ChunkInfo, ChunkKey, positions
+from prime_async.messages import Accepted, ChunkInfo, ChunkKey, Commit, positions
 from prime_async.testing import Simulation, SimulationSettings
 from prime_async.testing.store import BrokenModelError
 
@@ -263,8 +263,9 @@ def test_a_transfer_takes_as_long_as_a_slow_link_needs_and_the_next_one_waits_fo
 
 def test_a_node_that_does_what_a_real_one_could_not_is_stopped() -> None:
     simulation = idle(2)
+    commit = Commit(round=0, epoch=1, attempt=0, state=bytes(32), digest=bytes(32), chain=bytes(32), view=1)
     with pytest.raises(BrokenModelError, match="not here"):
-        do(simulation, "n0", "exchange", Settle(round=0, epoch=1, attempt=0))
+        do(simulation, "n0", "exchange", Settle(round=0, epoch=1, attempt=0, commit=commit, previous=bytes(32)))
     with pytest.raises(BrokenModelError, match="not here"):
         do(simulation, "n0", "exchange", AdoptMean(found=MEAN, key=MEAN))
     get(simulation)

@@ -115,7 +115,7 @@ async def test_the_outer_state_is_asked_of_whoever_reads_it() -> None:
     async def read(what: ChunkKey) -> Chunk:
         return chunk(what.chunk)
 
-    store.read_state = read
+    store.read_ledger = read
     assert await store.provide("n1", key("state", 5)) == chunk(5)
 
 

@@ -38,7 +38,7 @@ from prime_async.machines.vocabulary import (
     ViewChanged,
     WakeAt,
 )
-from prime_async.messages import MAX_TOKENS
+from prime_async.messages import FIRST_CHAIN, MAX_TOKENS
 from tests.machine_harness import facts, member, of, told, view
 
 DIGEST = b"d" * 32
@@ -54,7 +54,7 @@ def training(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1, sec
         min_members=min_members,
     )
     node = Training(settings)
-    node.handle(0.0, StateAt(round=0, digest=DIGEST))
+    node.handle(0.0, StateAt(round=0, digest=DIGEST, chain=FIRST_CHAIN))
     return node
 
 
@@ -87,7 +87,7 @@ def exchanging(rounds: int = 0, min_members: int = 1) -> Training:
 
 
 def means(round: int = 0, position: int = 1) -> MeansCommitted:
-    return MeansCommitted(round=round, position=position)
+    return MeansCommitted(round=round, position=position, chain=FIRST_CHAIN)
 
 
 def applied(round: int = 1) -> Applied:
@@ -98,9 +98,9 @@ def applied(round: int = 1) -> Applied:
 
 
 def test_a_loaded_state_is_told_to_the_other_machines() -> None:
-    effects = training().handle(0.0, StateAt(round=3, digest=DIGEST))
+    effects = training().handle(0.0, StateAt(round=3, digest=DIGEST, chain=FIRST_CHAIN))
     for actor in ("checkpoint", "exchange", "membership"):
-        assert told(effects, actor) == [StateAt(round=3, digest=DIGEST)]
+        assert told(effects, actor) == [StateAt(round=3, digest=DIGEST, chain=FIRST_CHAIN)]
 
 
 def test_a_node_trains_when_its_state_is_the_runs_and_it_is_active() -> None:
@@ -126,7 +126,7 @@ def test_inner_steps_then_the_contribution_then_the_means_then_the_outer_step() 
     assert give(node, means()) == [Apply(round=0, position=1)]
     effects = give(node, applied())
     for actor in ("checkpoint", "exchange", "membership"):
-        assert told(effects, actor) == [StateAt(round=1, digest=DIGEST)]
+        assert told(effects, actor) == [StateAt(round=1, digest=DIGEST, chain=FIRST_CHAIN)]
     [fact] = facts(RoundFinished, effects)
     assert (fact.round, fact.tokens, fact.training_s) == (0, 100, 2.0)
     assert of(RunSteps, effects) == [RunSteps(round=1, steps=10)]
@@ -309,7 +309,7 @@ def test_a_contribution_weighs_no_more_than_the_protocol_can_say() -> None:
 
 def witness(rounds: int = 0) -> Training:
     node = Training(TrainingSettings(me="n1", inner_steps=10, rounds=rounds, witness=True))
-    node.handle(0.0, StateAt(round=0, digest=DIGEST))
+    node.handle(0.0, StateAt(round=0, digest=DIGEST, chain=FIRST_CHAIN))
     assert give(node, seen(), Begin(round=0)) == []
     return node
 
@@ -319,7 +319,7 @@ def test_a_witness_applies_what_is_committed_and_does_nothing_else() -> None:
     assert give(node, means(position=-1)) == [Apply(round=0, position=-1)]
     effects = give(node, applied())
     for actor in ("checkpoint", "exchange", "membership"):
-        assert told(effects, actor) == [StateAt(round=1, digest=DIGEST)]
+        assert told(effects, actor) == [StateAt(round=1, digest=DIGEST, chain=FIRST_CHAIN)]
     assert not of(RunSteps, effects)
     assert not of(Evaluate, effects)
 

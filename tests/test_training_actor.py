@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from prime_async.actors.auditor import Auditor
 from prime_async.actors.checkpoint import CheckpointActor
+from prime_async.actors.ledger import LedgerKeeper
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import TrainingActor
@@ -87,7 +88,7 @@ class Bench:
     store: ChunkStore
     actor: TrainingActor
     events: trio.MemoryReceiveChannel[Event]
-    served: list[int | None] = field(default_factory=list)
+    keeper: LedgerKeeper
 
     async def posted(self) -> Event:
         with trio.fail_after(LIMIT_S):
@@ -98,20 +99,18 @@ class Bench:
 async def training(store: ChunkStore | None = None, audit: AuditFolder | None = None) -> AsyncIterator[Bench]:
     send, receive = trio.open_memory_channel[Event](20)
     async with trio.open_nursery() as nursery:
-        workload, store, served = Noting(), store or ChunkStore(), list[int | None]()
-        tensors = Tensors(workload, 2)
+        workload, store = Noting(), store or ChunkStore()
+        keeper = LedgerKeeper(None, Tensors(workload, 2), None)
         actor = TrainingActor(
-            tensors,
+            keeper,
             store,
             nursery,
             send.send_nowait,
             report=lambda _: None,
             fail=lambda _: None,
-            serve_round=served.append,
-            save=lambda: None,
-            auditor=Auditor(audit, tensors) if audit is not None else None,
+            auditor=Auditor(audit, keeper.tensors) if audit is not None else None,
         )
-        yield Bench(workload, store, actor, receive, served)
+        yield Bench(workload, store, actor, receive, keeper)
         nursery.cancel_scope.cancel()
 
 
@@ -170,7 +169,7 @@ async def test_the_settled_means_are_applied_and_their_headers_say_who_is_in_the
         assert await bench.posted() == Applied(round=5, digest=bench.workload.state_digest())
         assert bench.workload.values.tolist() == values.tolist()
         assert [chunk for chunk, included in sorted(bench.workload.included.items()) if included] == counted
-        assert bench.served == [None, 5]
+        assert bench.keeper.served_round == 5
 
 
 @dataclass
@@ -180,6 +179,7 @@ class Import:
     workload: Noting
     offered: ChunkStore
     actor: CheckpointActor
+    keeper: LedgerKeeper
     events: trio.MemoryReceiveChannel[Event]
 
     async def posted(self) -> Event:
@@ -202,9 +202,9 @@ async def importing() -> AsyncIterator[Import]:
         offered, workload = ChunkStore(), Noting()
         b.serve(offered)
         a.dial("b", b.control_address, b.bulk_address)
-        actor = CheckpointActor(a, Tensors(workload, 2), ChunkStore(), nursery, send.send_nowait, lambda _: None)
-        actor.served_round = 0
-        yield Import(workload, offered, actor, receive)
+        keeper = LedgerKeeper(None, Tensors(workload, 2), None)
+        actor = CheckpointActor(a, keeper, nursery, send.send_nowait, lambda _: None)
+        yield Import(workload, offered, actor, keeper, receive)
         nursery.cancel_scope.cancel()
 
 
@@ -235,7 +235,7 @@ async def test_an_import_that_ends_while_the_next_one_begins_makes_no_whole_stat
         gate.set()
         assert isinstance(await bench.posted(), Imported)
         assert await bench.posted() == ChunkImported(key=key("mean", 1))
-        assert bench.actor.served_round is None
+        assert bench.keeper.served_round is None
         bench.actor.perform(EndImport(round=8))
         assert isinstance(await bench.posted(), Imported)
-        assert bench.actor.served_round == 8
+        assert bench.keeper.served_round == 8

@@ -9,8 +9,8 @@ from blake3 import blake3
 
 from prime_async.actors.auditor import Auditor
 from prime_async.actors.fetcher import Fetcher
+from prime_async.actors.ledger import LedgerKeeper
 from prime_async.actors.store import ChunkStore
-from prime_async.actors.tensors import Tensors
 from prime_async.machines.attempt import SETTLED, mean_key, number_of
 from prime_async.machines.vocabulary import (
     AdoptMean,
@@ -22,10 +22,12 @@ from prime_async.machines.vocabulary import (
     Fetched,
     FetchFailed,
     Forget,
+    MeansStored,
     Reduce,
     Reduced,
     Send,
     Settle,
+    StoreMeans,
 )
 from prime_async.messages import ChunkInfo, ChunkKey, bitmap
 from prime_async.transport.base import Chunk, Transport
@@ -40,7 +42,7 @@ class ExchangeActor:
     def __init__(
         self,
         transport: Transport,
-        tensors: Tensors,
+        keeper: LedgerKeeper,
         store: ChunkStore,
         nursery: trio.Nursery,
         post: Callable[[Event], None],
@@ -48,11 +50,12 @@ class ExchangeActor:
         auditor: Auditor | None = None,
     ) -> None:
         self._transport = transport
-        self._tensors = tensors
+        self._keeper = keeper
+        self._tensors = keeper.tensors
         self._store = store
         self._nursery = nursery
         self._post = post
-        self._fetcher = Fetcher(transport, nursery, self._on_outcome, retract)
+        self._fetcher = Fetcher(transport, nursery, self._on_outcome, retract, keeper.set_exchanging)
         self._auditor = auditor
         self._unsettled: dict[ChunkKey, Chunk] = {}
 
@@ -70,6 +73,8 @@ class ExchangeActor:
                 self._nursery.start_soon(self._reduce, effect, self._inputs(effect))
             case AdoptMean(found=found, key=key):
                 self._store.put(key, self._mean(found))
+            case StoreMeans():
+                self._nursery.start_soon(self._store_means, effect, self._means(effect))
             case Settle():
                 self._settle(effect)
             case Forget(means_before=means, contributions_before=contributions):
@@ -87,7 +92,7 @@ class ExchangeActor:
     async def _take_mean(self, event: Fetched, mean: Chunk) -> None:
         """A mean is held where peers can get it, before the machine counts it as held."""
         key = event.key
-        if not await self._tensors.run(self._tensors.workload.check, key.chunk, mean.payload):
+        if not await self._tensors.run(self._check_now, key, mean):
             self._post(FetchFailed(peer=event.peer, key=key, fault="invalid"))
             return
         if number_of(key) == SETTLED:
@@ -96,6 +101,24 @@ class ExchangeActor:
             self._store.put(key, mean)
         self._post(event)
 
+    def _check_now(self, key: ChunkKey, mean: Chunk) -> bool:
+        """Whether it is one. If so it goes to disk at once, where it has to be before it counts as held."""
+        valid = self._tensors.workload.check(key.chunk, mean.payload)
+        if valid:
+            self._keeper.put_now(key, mean.payload, mean.info.digest)
+        return valid
+
+    async def _store_means(self, effect: StoreMeans, means: dict[int, Chunk]) -> None:
+        if await self._keeper.store_means(effect, means):
+            self._post(MeansStored(round=effect.round, epoch=effect.epoch, attempt=effect.attempt))
+
+    def _means(self, effect: StoreMeans | Settle) -> dict[int, Chunk]:
+        """By chunk."""
+        others = {key.chunk: key for key in effect.exceptions}
+        number = effect.epoch, effect.attempt
+        chunks = range(self._tensors.workload.chunk_count)
+        return {c: self._mean(others.get(c, mean_key(effect.round, c, number))) for c in chunks}
+
     def _mean(self, key: ChunkKey) -> Chunk:
         mean = self._unsettled.get(key) or self._store.find(key)
         if mean is None:
@@ -103,15 +126,17 @@ class ExchangeActor:
         return mean
 
     def _settle(self, settle: Settle) -> None:
-        exceptions = {key.chunk: key for key in settle.exceptions}
-        means = {}
-        for chunk in range(self._tensors.workload.chunk_count):
-            key = exceptions.get(chunk, mean_key(settle.round, chunk, (settle.epoch, settle.attempt)))
-            means[key] = self._mean(key)
-            self._store.put(mean_key(settle.round, chunk, SETTLED), means[key])
+        means = self._means(settle)
+        for chunk, mean in means.items():
+            self._store.put(mean_key(settle.round, chunk, SETTLED), mean)
         self._unsettled.clear()
+        self._keeper.note_commit(settle.commit)
+        self._nursery.start_soon(self._keeper.settle, settle, means)
         if self._auditor is not None:
-            self._nursery.start_soon(self._auditor.write_means, settle, means)
+            others = {key.chunk: key for key in settle.exceptions}
+            usual = settle.epoch, settle.attempt
+            named = {others.get(c, mean_key(settle.round, c, usual)): mean for c, mean in means.items()}
+            self._nursery.start_soon(self._auditor.write_means, settle, named)
 
     def _inputs(self, reduce: Reduce) -> dict[str, memoryview]:
         """The contributions, in the order of the plan: our own from the store, the others' as they came.
@@ -148,4 +173,6 @@ class ExchangeActor:
             contributors=bitmap([place[p] for p in counted]),
             total_weight=sum(weights[p] for p in counted),
         )
+        if counted:
+            self._keeper.put_now(reduce.key, out, info.digest)
         return out, info, tuple(p for p in reduce.contributors if p not in counted)

@@ -25,18 +25,22 @@ class Fetcher:
         nursery: trio.Nursery,
         post: Callable[[Event], None],
         retract: Callable[[Callable[[Event], bool]], None],
+        on_busy: Callable[[bool], None] = lambda _: None,
     ) -> None:
+        """``on_busy`` is told whether anything is under way."""
         self._transport = transport
         self._nursery = nursery
         self._post = post
         self._retract = retract
         self._held: dict[tuple[str, ChunkKey], Chunk] = {}
         self._scopes: dict[tuple[str, ChunkKey], trio.CancelScope] = {}
+        self._on_busy = on_busy
 
     def start(self, fetch: Fetch) -> None:
         """Begin to fetch."""
         scope = self._scopes[fetch.peer, fetch.key] = trio.CancelScope()
         self._nursery.start_soon(self._fetch, fetch, scope)
+        self._on_busy(True)
 
     def take(self, peer: str, key: ChunkKey) -> Chunk:
         """What came, once."""
@@ -47,6 +51,7 @@ class Fetcher:
         scope = self._scopes.pop((peer, key), None)
         if scope is not None:
             scope.cancel()
+            self._on_busy(bool(self._scopes))
         self._retract(lambda e: isinstance(e, Fetched | FetchFailed) and (e.peer, e.key) == (peer, key))
         self._held.pop((peer, key), None)
 
@@ -55,6 +60,7 @@ class Fetcher:
         for scope in self._scopes.values():
             scope.cancel()
         self._scopes.clear()
+        self._on_busy(False)
         self._retract(lambda e: isinstance(e, Fetched | FetchFailed))
         self._held.clear()
 
@@ -75,6 +81,7 @@ class Fetcher:
                 event = Fetched(peer=fetch.peer, key=fetch.key, info=chunk.info, size=chunk.payload.nbytes)
         if not scope.cancel_called:
             del self._scopes[fetch.peer, fetch.key]
+            self._on_busy(bool(self._scopes))
             if isinstance(event, Fetched):
                 self._held[fetch.peer, fetch.key] = chunk
             self._post(event)

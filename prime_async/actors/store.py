@@ -7,12 +7,13 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from prime_async.errors import ChunkUnavailableError
+from prime_async.machines.attempt import SETTLED, number_of
 from prime_async.messages import ChunkKey
 from prime_async.transport.base import Chunk
 
 
 class ChunkStore:
-    """Contributions and means by key; the outer state by asking for it.
+    """Contributions and means by key; what is on disk, and the outer state, by asking for it.
 
     Chunks are immutable: a key's bytes do not change while it is here. A get for what may still come waits; one for a
     round that was forgotten is told so. The memory is bounded by the rounds that are kept.
@@ -23,7 +24,7 @@ class ChunkStore:
         self._waiting: dict[ChunkKey, trio.Event] = {}
         self._oldest = {"contribution": 0, "mean": 0}
         self._taken = -1  # the newest round of which a contribution was used
-        self.read_state: Callable[[ChunkKey], Awaitable[Chunk]] | None = None
+        self.read_ledger: Callable[[ChunkKey], Awaitable[Chunk]] | None = None
         self.on_taken: Callable[[int], None] | None = None
         """Told the round when the first chunk of this node's contribution is about to be used, here or by a peer."""
 
@@ -59,15 +60,19 @@ class ChunkStore:
 
     async def provide(self, peer: str, key: ChunkKey) -> Chunk:  # noqa: ARG002  (all who may connect may read)
         """See :class:`~prime_async.transport.base.Provider`."""
-        if key.kind == "state":
-            if self.read_state is None:
+        if key.kind not in ("contribution", "mean") or self._is_on_disk(key):
+            if self.read_ledger is None:
                 raise ChunkUnavailableError(f"{key} is not served here")
-            return await self.read_state(key)
+            return await self.read_ledger(key)
         while (chunk := self.use(key)) is None:
             if key.round < self._oldest[key.kind]:
                 raise ChunkUnavailableError(f"{key} is of a round that is over")
             await self._wait_for(key)
         return chunk
+
+    def _is_on_disk(self, key: ChunkKey) -> bool:
+        """If it is anywhere: a settled mean of a round whose means are not in memory any more."""
+        return number_of(key) == SETTLED and key.kind == "mean" and key.round < self._oldest["mean"]
 
     async def _wait_for(self, key: ChunkKey) -> None:
         waiting = self._waiting.setdefault(key, trio.Event())

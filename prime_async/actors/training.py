@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import trio
 
 from prime_async.actors.auditor import Auditor
+from prime_async.actors.ledger import LedgerKeeper
 from prime_async.actors.store import ChunkStore
-from prime_async.actors.tensors import Tensors
 from prime_async.errors import NonFiniteError
 from prime_async.machines.facts import Fact, InnerStepDone
 from prime_async.machines.vocabulary import (
@@ -44,31 +43,31 @@ class _StepsStopped(Exception):
 class TrainingActor:
     """Performs the effects of a training machine.
 
-    ``serve_round`` is told the round that the outer state is at, ``None`` while it is being changed. ``save`` writes
-    the outer state to disk, in a worker thread, and returns where ("": nowhere).
+    ``inner_every``: the inner optimiser's state is written to disk every so many rounds, while the means of the round
+    are waited for; 0: only when the node leaves.
     """
 
     def __init__(
         self,
-        tensors: Tensors,
+        keeper: LedgerKeeper,
         store: ChunkStore,
         nursery: trio.Nursery,
         post: Callable[[Event], None],
         *,
         report: Callable[[Fact], None],
         fail: Callable[[Fail], None],
-        serve_round: Callable[[int | None], None],
-        save: Callable[[], Path | None],
+        inner_every: int = 0,
         auditor: Auditor | None = None,
     ) -> None:
-        self._tensors = tensors
+        self._keeper = keeper
+        self._tensors = keeper.tensors
         self._store = store
         self._nursery = nursery
         self._post = post
         self._report = report
         self._fail = fail
-        self._serve_round = serve_round
-        self._save = save
+        self._inner_every = inner_every
+        self._inner_lock = trio.Lock()  # held while the inner optimiser's state is used
         self._auditor = auditor
         self._stop = False
         self._trainer_limiter = trio.CapacityLimiter(1)
@@ -114,7 +113,8 @@ class TrainingActor:
                 self._tensors.workload.train(effect.steps, on_step)
             return time.perf_counter() - began
 
-        seconds = await trio.to_thread.run_sync(train, limiter=self._trainer_limiter)
+        async with self._inner_lock:
+            seconds = await trio.to_thread.run_sync(train, limiter=self._trainer_limiter)
         self._post(StepsDone(steps=steps, tokens=tokens, seconds=seconds))
 
     def _on_step(self, round: int, report: StepReport) -> None:
@@ -144,14 +144,17 @@ class TrainingActor:
         for number, chunk in sorted(chunks.items()):
             self._store.put(ChunkKey(kind="contribution", round=round, chunk=number), chunk)
         self._post(Encoded(round=round, finite=True))
+        if self._inner_every and (round + 1) % self._inner_every == 0:
+            async with self._inner_lock:
+                await self._keeper.save_inner(round, self._tensors.workload.state_digest())
 
     async def _apply(self, effect: Apply) -> None:
         """Not cancelled half-way: the outer state on disk, and at peers, is always that of a whole round."""
-        self._serve_round(None)
+        self._keeper.served_round = None
         with trio.CancelScope(shield=True):
             await self._tensors.for_each(lambda chunk: self._apply_chunk(effect, chunk), self._chunks())
             digest = await self._tensors.run(self._tensors.workload.end_round)
-        self._serve_round(effect.round + 1)
+        self._keeper.applied(effect.round + 1)
         self._post(Applied(round=effect.round + 1, digest=digest))
 
     def _chunks(self) -> range:
@@ -163,6 +166,7 @@ class TrainingActor:
         if mean is None:
             raise RuntimeError(f"{key} was committed and is not here")
         included = effect.position in positions(mean.info.contributors)
+        self._keeper.before_change(chunk)
         self._tensors.workload.apply(chunk, mean.payload, included)
 
     async def _evaluate(self) -> None:
@@ -175,6 +179,6 @@ class TrainingActor:
 
     async def _save_state(self) -> None:
         with trio.CancelScope(shield=True):
-            async with self._tensors.state_lock:
-                path = await self._tensors.run(self._save)
+            async with self._tensors.state_lock, self._inner_lock:
+                path = await self._keeper.save()
         self._post(Saved(path=str(path or "")))

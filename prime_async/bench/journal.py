@@ -15,6 +15,7 @@ from prime_async.messages import ChunkKey, Message
 from prime_async.transport.base import Chunk, Notice, Provider, Traffic, Transport
 
 Work: TypeAlias = Literal["encode", "contribution", "reduce", "mean", "state", "apply"]
+PHASES: dict[str, Work] = {"contribution": "contribution", "mean": "mean"}
 
 
 class Journal:
@@ -114,7 +115,7 @@ class JournalTransport:
         self._inner.serve(provider)
 
     async def get(self, peer: str, key: ChunkKey, timeout_s: float) -> Chunk:
-        with self._journal.entry(key.kind):
+        with self._journal.entry(PHASES.get(key.kind, "state")):
             return await self._inner.get(peer, key, timeout_s)
 
 

@@ -24,9 +24,9 @@ def resident_bytes() -> int:
     return _status("VmRSS")
 
 
-def peak_bytes() -> int:
-    """The most memory that this process had since :func:`reset_peak`."""
-    return _status("VmHWM")
+def peak_bytes(pid: int | None = None) -> int:
+    """The most memory that this process had since :func:`reset_peak`, or that another one had since it started."""
+    return _status("VmHWM", pid)
 
 
 def reset_peak() -> None:
@@ -35,11 +35,12 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _status(key: str) -> int:
-    for line in _read(Path("/proc/self/status")).splitlines():
+def _status(key: str, pid: int | None = None) -> int:
+    path = Path("/proc", str(pid or "self"), "status")
+    for line in _read(path).splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise EnvironmentFault(f"/proc/self/status has no {key}: this kernel cannot tell a process's memory")
+    raise EnvironmentFault(f"{path} has no {key}: this kernel cannot tell a process's memory")
 
 
 def _read(path: Path) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from prime_async.actors.groups import single_errors
 from prime_async.bench import failover as failovers
+from prime_async.bench import restart as restarts
 from prime_async.bench.exchange import ExchangeBench, measure
 from prime_async.cli.demo_report import size
 
@@ -92,6 +93,67 @@ def failover(
     if json_:
         print(json.dumps(result))
     return 0
+
+
+@app.command
+def restart(
+    *,
+    models: Annotated[list[str], Parameter(negative="")] = ["llama-10m", "llama-100m"],  # noqa: B006  (not changed)
+    runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 3,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Kill a node, and time how long it takes to be back with what is on its disk; and how much memory it had.
+
+    Keep the machine idle meanwhile.
+
+    Parameters
+    ----------
+    models
+        Named sizes; of two or more the memory per parameter is told, without what every process takes.
+    runs
+        Kills of each.
+    json_
+        Print one JSON object as the last line of stdout; the table goes to stderr.
+    """
+    console = Console(stderr=json_, highlight=False)
+    result = trio.run(_measure_restart, models, runs, console)
+    console.print(_restart_table(result))
+    if json_:
+        print(json.dumps(result))
+    return 0
+
+
+async def _measure_restart(models: list[str], runs: int, console: Console) -> dict[str, Any]:
+    result: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "models": {}}
+    with single_errors():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_interrupt_on_sigterm)
+            for model in models:
+                console.print(f"a node with {model} is killed, {runs} times ...")
+                bench = restarts.RestartBench(model=model, runs=runs)
+                result["models"][model] = await restarts.measure(bench)
+            nursery.cancel_scope.cancel()
+    sizes = sorted((m["parameters"], m["peak_bytes"]) for m in result["models"].values())
+    if len(sizes) > 1:
+        (few, less), (many, more) = sizes[0], sizes[-1]
+        result["bytes_per_parameter"] = round((more - less) / (many - few), 2)
+    return result
+
+
+def _restart_table(result: dict[str, Any]) -> Table:
+    """One row a model."""
+    title = "killed, and back from the disk"
+    if "bytes_per_parameter" in result:
+        title += f"; {result['bytes_per_parameter']:.1f} bytes of memory per parameter"
+    table = Table("model", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("parameters", "median", "least", "most", "of that, disk", "peak memory"):
+        table.add_column(name, justify="right")
+    for model, figures in result["models"].items():
+        seconds = figures["seconds"]
+        times = (figures["median_s"], min(seconds), max(seconds), figures["restoring_s"])
+        row = (f"{s:.2f} s" for s in times)
+        table.add_row(model, f"{figures['parameters']:,}", *row, size(figures["peak_bytes"]))
+    return table
 
 
 async def _measure_failover(bench: failovers.FailoverBench, console: Console) -> dict[str, Any]:

@@ -211,14 +211,15 @@ def _audit(directory: Path) -> dict[str, Any]:
 
 def _sample(config: Config, home: Path) -> str:
     """A few lines of the trained model, from the outer state that a node saved."""
-    from prime_async.config.spec import run_id
-    from prime_async.ledger import StateFile
+    from prime_async.node.build import node_ledger
     from prime_async.work.diloco import open_diloco
     from prime_async.work.generate import generate
     from prime_async.work.inner import InnerTrainer
 
     workload = open_diloco(config.run, config.node, stream=0)
-    if not StateFile(home, run_id(config.run)).load(workload):
+    there = config.node.model_copy(update={"directory": home})
+    ledger = node_ledger(config.model_copy(update={"node": there}), workload)
+    if ledger is None or not ledger.restore().round:
         raise EnvironmentFault(f"{home}: the node saved no outer state")
     trainer = workload.trainer
     assert isinstance(trainer, InnerTrainer)

@@ -258,7 +258,38 @@ class NodeSettings(Settings):
     key: Annotated[FilePath, Field(description="file with this node's secret key, made by `prime-async init`")] = Path(
         "node.key"
     )
-    directory: Annotated[FilePath, Field(description="folder where the node keeps the outer state")] = Path("state")
+    directory: Annotated[
+        FilePath, Field(description="folder of the ledger: snapshots of the outer state and the means since")
+    ] = Path("state")
+    snapshot_every: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**20,
+            description="a snapshot of the outer state, 8 bytes per parameter, is written every so many rounds; 0: "
+            "only when the node leaves",
+        ),
+    ] = 10
+    keep_snapshots: Annotated[int, Field(ge=1, le=256, description="the newest so many snapshots are kept")] = 2
+    keep_rounds: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**20,
+            description="the means of the last so many rounds are kept, and always those since the oldest kept "
+            "snapshot; who was away for no longer fetches means, a byte per parameter each, and not the whole state",
+        ),
+    ] = 20
+    remote: Annotated[
+        str,
+        Field(
+            max_length=1024,
+            pattern=r"^\P{Cc}*$",
+            description="where copies of the snapshots, and of the means since the newest, are kept, as an fsspec URL "
+            'such as "s3://bucket/run" (needs `prime-async[remote]` and the protocol\'s package); "": nowhere',
+            json_schema_extra=_words('a URL, or ""'),
+        ),
+    ] = ""
     host: Annotated[
         str,
         AfterValidator(_host),

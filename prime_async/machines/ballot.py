@@ -106,10 +106,9 @@ def change_between(view: View, members: tuple[Member, ...], epoch: int, leader: 
     )
 
 
-def new_lineage(ballot: Ballot, node: str, round: int) -> Ballot:
-    """What ``node`` begins with when it goes on alone from its outer state after ``round`` rounds.
+def new_lineage(ballot: Ballot, node: str, tip: Commit | None) -> Ballot:
+    """What ``node`` begins with when it goes on alone from the outer state that ``tip`` led to, ``None``: the first.
 
-    The chain of commits goes on if that state is what the last commit leads to, or a later one; else it begins anew.
     Raises ``ValueError`` if the ballot has no view.
     """
     old = ballot.view
@@ -124,6 +123,6 @@ def new_lineage(ballot: Ballot, node: str, round: int) -> Ballot:
         previous=view_digest(old),
         leader=node,
         members=(replace(me, incarnation=incarnation, active=False, voter=True, reachable=True),),
-        commit=old.commit if old.commit is not None and old.commit.round < round else None,
+        commit=tip,
     )
     return replace(ballot, promised=epoch, promised_to=node, accepted=epoch, view=view, before=None, decided=True)

@@ -1,14 +1,20 @@
-"""How a node gets the run's outer state when its own is another.
+"""How a node comes to the run's outer state, keeps it on disk, and tells others what it has.
+
+The outer state is event-sourced: a snapshot, and the means of every round since (:mod:`~prime_async.machines.keeping`).
 
 The rules:
 
-* Membership says what the run's state is (``RunAt``). If ours is the same, training begins. Otherwise training is
-  halted, the state's chunks are fetched from the provider, a few at a time, and put in their places.
-* From the first chunk that is put in its place until all are, the outer state is nobody's: no other state is "ours".
-* The outcome is compared with the digest that the leader named. Whatever goes wrong (the provider, which can be any
-  member, moved on to the next round, left, or sent something else) ends in asking the leader anew: at once, and if
-  nothing came before it went wrong again, after a pause. A provider that applies a round has no state to give. If the
-  state is still the same, what came of it stays, unless its digest was another.
+* The run's state is what the newest commit leads to; the commits' chain, and no show of hands, says what that is. For
+  the state after the newest commit there is no commit yet: until there is, the leader's word (``RunAt``) counts.
+* A node that is behind halts its training, gets onto its disk what it lacks (:mod:`~prime_async.machines.catchup`), and
+  takes the outer steps one after the other. It fetches the means that it missed, as long as members have them; or a
+  snapshot with the means since, if that is fewer bytes, or its own state is of another history. Rounds that pass in the
+  meantime are means to fetch like all others.
+* A node whose state is at the run's round, and another, fetches the digests of all chunks, and then the chunks that
+  differ. What it takes steps with meanwhile goes wrong in the same chunks alone.
+* Means that are on disk, and prove to be those of the newest commit, are not fetched.
+* What is read from disk and is damaged is fetched again. A disk that is full is told of; training goes on.
+* A member that asks what is here is told what is on disk, once this node's state is the run's.
 """
 
 from __future__ import annotations
@@ -16,180 +22,571 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from prime_async.machines.facts import StateDiverged, StateFetched, StateFetchStarted
+from prime_async.machines.catchup import CatchUp, manifest_key, record_key, state_key
+from prime_async.machines.facts import (
+    CatchUpStarted,
+    CaughtUp,
+    LedgerTrouble,
+    SnapshotWritten,
+    StateDiverged,
+    StateMended,
+    StateNowhere,
+)
+from prime_async.machines.keeping import Keeping, leads_to, means_from
+from prime_async.machines.providers import Download, Providers
+from prime_async.machines.records import Records
 from prime_async.machines.units import to_ms
 from prime_async.machines.vocabulary import (
+    AdoptRound,
+    Advance,
     AskAgain,
     Begin,
-    CancelFetches,
     ChunkImported,
+    ChunkStored,
     Effect,
     EndImport,
     Event,
-    Fetch,
     Fetched,
     FetchFailed,
     FetchState,
     Halt,
     Halted,
+    Heard,
     ImportChunk,
     Imported,
+    LedgerAt,
+    LedgerFailed,
+    LoadSnapshot,
+    ManifestRead,
+    ReadManifest,
+    ReadRecord,
+    RecordRead,
     Report,
+    RoundOpened,
+    RoundStored,
     RunAt,
+    Send,
+    SnapshotOpened,
+    SnapshotStored,
     StateAt,
+    StoreChunk,
     Tell,
     Tick,
+    ViewChanged,
     WakeAt,
+    WriteSnapshot,
 )
-from prime_async.messages import ChunkKey
+from prime_async.messages import FIRST_CHAIN, AskLedger, ChunkKey, Commit, Holdings, Message, View, next_chain
+
+NOWHERE_AFTER = 10
+"""After so many times of asking in vain it is said that nobody has what is missing."""
 
 
 class CheckpointSettings(Struct, frozen=True, kw_only=True):
-    """What a checkpoint machine is made with."""
+    """What a checkpoint machine is made with. ``mean_bytes``, ``state_bytes``: of all chunks together.
 
+    ``window``: gets under way from each member. ``keep_snapshots`` is at least 1.
+    """
+
+    me: str
     chunk_count: int
-    window: int = 4
+    mean_bytes: int = 1
+    state_bytes: int = 8
+    window: int = 2
     fetch_timeout_s: float = 60.0
     ask_again_s: float = 1.0
+    snapshot_every: int = 10
+    keep_snapshots: int = 2
+    keep_rounds: int = 20
+
+
+@dataclass(slots=True)
+class Repair:
+    """Chunks of the outer state after ``round`` rounds that are fetched anew. ``missing`` ``None``: which, is open."""
+
+    round: int
+    missing: set[int] | None = None
+    total: int = 0
+    before: bytes = b""
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """See the module's rules. ``phase``: "settled", "asking", "halting", "fetching", "importing"."""
+    """See the module's rules. ``phase``: "starting" (it is not known where the run is), "settled", "working".
+
+    ``busy``: the outer state is being changed for us: "loading", "advancing", "importing".
+    """
 
     settings: CheckpointSettings
-    phase: str = "settled"
-    own: tuple[int, bytes] | None = None
-    target: RunAt | None = None
-    waiting: list[int] = field(default_factory=list)  # chunks not asked for, the next last
-    under_way: set[int] = field(default_factory=set)  # chunks asked for, or on their way to their places
-    placed: set[int] = field(default_factory=set)  # chunks of ``placed_of`` that are in their places
-    placed_of: tuple[int, bytes] | None = None
+    phase: str = "starting"
+    busy: str = ""
+    own: StateAt | None = None
+    told: StateAt | None = None  # the state of this node that the other machines know
+    view: View | None = None
+    run: RunAt | None = None
+    disk: LedgerAt = field(default_factory=LedgerAt)
+    halting: bool = False
     halted: bool = False
-    in_vain: bool = False  # since the last failure nothing came
+    torn: bool = False  # the outer state is nobody's: some chunks are imported and others not
+    wrong: bool = False  # it is known not to be the run's
+    stranger: bool = False  # it is of another history than the run's
+    base: tuple[str, int] | None = None  # what the catching up begins with: "own" or "snapshot", and its round
+    repair: Repair | None = None
+    adopting: int = -1  # the round whose pending means are taken for committed
+    writing: int = -1  # the round of the snapshot that is being written
+    coming: int = -1  # the round whose means, applied by training, may be on their way to the disk
+    floor: int = 0  # what is on disk of earlier rounds does not lead to our state
     started_at: float = 0.0
+    asked_at: float | None = None
+    asked_in_vain: int = 0
+    paused_until: float = 0.0
+    wake_at: float | None = None
+    providers: Providers = field(init=False)
+    download: Download = field(init=False)
+    catch_up: CatchUp = field(init=False)
+    keeping: Keeping = field(init=False)
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.providers = Providers(me=s.me, window=s.window, pause_s=5 * s.ask_again_s)
+        self.download = Download(providers=self.providers, timeout_s=s.fetch_timeout_s)
+        self.catch_up = CatchUp(download=self.download, records=Records(chunk_count=s.chunk_count))
+        self.keeping = Keeping(every=s.snapshot_every, snapshots=s.keep_snapshots, rounds=s.keep_rounds)
+
+    # --- the one way in -----------------------------------------------------------------------------------------
 
     def handle(self, now: float, event: Event) -> list[Effect]:
         out: list[Effect] = []
         match event:
-            case StateAt(round=round, digest=digest):
-                self.own = (round, digest)
+            case StateAt():
+                self._on_own(event, out)
+            case LedgerAt():
+                self.disk = event
+                if self.own is not None and not leads_to(self.own.round, self.floor, self.disk):
+                    self._write_if_due(out)
+                self._tidy(out)
+            case ViewChanged(view=view):
+                self.view = view
+                self.providers.see(view)
+                self.download.leave_the_gone(out)
             case RunAt():
-                self._on_run(now, event, out)
-            case FetchState() if self.phase == "settled":
-                self._ask_again(now, out)
-            case Halted() if self.phase == "halting":
-                self.halted = True
-                self._begin_fetching(now, out)
-            case Fetched(peer=peer, key=key) if self._wanted(key):
-                self.own = None
-                out.append(ImportChunk(peer=peer, key=key))
-            case ChunkImported(key=key) if self._wanted(key):
-                self.under_way.discard(key.chunk)
-                self.placed.add(key.chunk)
-                self.in_vain = False
-                self._pump(out)
-            case FetchFailed(key=key) if self._wanted(key):
-                self._on_failed(now, out)
-            case Imported(round=round, digest=digest) if self._is_target(round):
-                self._on_imported(now, round, digest, out)
-            case Tick() if self.phase == "asking":
-                self._ask_again(now, out)
+                self.run = event
+                if self.phase == "starting" or not (self._is_right or self._is_next):
+                    self._begin(now)
+            case FetchState():
+                self._begin(now)
+            case Halted():
+                self.halted, self.halting = self.halting, False
+            case Heard(peer=peer, message=message):
+                self._on_message(peer, message, out)
+            case Tick():
+                self.wake_at = None
+            case SnapshotStored(round=round) if round == self.writing:
+                self._on_written(round, out)
+            case LedgerFailed():
+                self._on_ledger_failed(now, event, out)
             case _:
-                pass  # the outcome of something that was given up
+                self._on_outcome(now, event, out)
+        self._go_on(now, out)
         return out
 
-    def _wanted(self, key: ChunkKey) -> bool:
-        target = self.target
-        return (
-            self.phase == "fetching"
-            and target is not None
-            and key.kind == "state"
-            and key.round == target.round
-            and key.chunk in self.under_way
-        )
+    def _on_own(self, at: StateAt, out: list[Effect]) -> None:
+        """Training has a new outer state, or begins with the one that was on disk."""
+        self.coming = at.round - 1 if self.own is not None else -1
+        self.own = self.told = at
+        self.wrong = False
+        self._write_if_due(out)
 
-    def _is_target(self, round: int) -> bool:
-        """Not what was given up while it was being put together."""
-        return self.phase == "importing" and self.target is not None and self.target.round == round
+    def _on_message(self, peer: str, message: Message, out: list[Effect]) -> None:
+        if peer not in self.providers.members:
+            return
+        if isinstance(message, Holdings):
+            self.providers.heard(peer, message)
+        elif isinstance(message, AskLedger) and self.phase == "settled" and self.own is not None:
+            round = self.own.round
+            first = means_from(round, self.floor, self.disk, self.coming)
+            snapshots = tuple(s for s in self.disk.snapshots if self.floor <= s <= round)
+            out.append(Send(peer=peer, message=Holdings(round=round, means_from=first, snapshots=snapshots)))
 
-    def _on_run(self, now: float, run: RunAt, out: list[Effect]) -> None:
-        busy = self.phase in ("halting", "fetching", "importing")
-        if busy and self.target is not None and (run.round, run.digest) == (self.target.round, self.target.digest):
-            return  # a repeated answer; a provider that fails is replaced when it does
-        self.target = run
-        if self.own == (run.round, run.digest):
-            self._settle(out)
-        elif self.halted:
-            self._begin_fetching(now, out)
-        else:
-            self.phase = "halting"
+    # --- where the run is ---------------------------------------------------------------------------------------
+
+    @property
+    def _commit(self) -> Commit | None:
+        return self.view.commit if self.view else None
+
+    @property
+    def _goal(self) -> int:
+        """The round of the run's state."""
+        return self._commit.round + 1 if self._commit else 0
+
+    @property
+    def _goal_chain(self) -> bytes:
+        return self._commit.chain if self._commit else FIRST_CHAIN
+
+    def _expected(self, round: int) -> bytes | None:
+        """The digest of the run's state after ``round`` rounds, as far as it is known."""
+        record, commit = self.catch_up.records.linked(round), self._commit
+        if record is not None:
+            return record.commit.state
+        if commit is not None and commit.round == round:
+            return commit.state
+        return self.run.digest if self.run is not None and self.run.round == round else None
+
+    @property
+    def _is_right(self) -> bool:
+        """Whether our state is the run's, as far as can be told."""
+        own = self.own
+        if own is None or self.view is None or self.torn or self.wrong or self.stranger:
+            return False
+        if self._expected(own.round) not in (own.digest, None):
+            return False
+        return own.round == self._goal and own.chain == self._goal_chain
+
+    @property
+    def _is_next(self) -> bool:
+        """Whether our state is that which the newest commit is about: exchange and training will see to it."""
+        own, commit = self.own, self._commit
+        if own is None or commit is None or self.torn or (own.round, own.digest) != (commit.round, commit.state):
+            return False
+        return next_chain(own.chain, commit.state, commit.digest) == commit.chain
+
+    # --- beginning and ending -----------------------------------------------------------------------------------
+
+    def _begin(self, now: float) -> None:
+        if self.phase == "working":
+            return
+        self.phase, self.started_at = "working", now
+        self.asked_at, self.asked_in_vain, self.base, self.stranger = None, 0, None, False
+        self.download.bytes_come = 0
+
+    def _go_on(self, now: float, out: list[Effect]) -> None:
+        """Do whatever can be done now, as long as our state is not the run's."""
+        if self.phase != "working" or self.own is None or self.view is None:
+            return
+        if self._is_right and not self.busy:
+            self._settle(now, out)
+            return
+        if not self.halted and not self.halting:
+            self.halting = True
             out.append(Tell(actor="training", event=Halt()))
+        if now >= self.paused_until:
+            self._ask(now, out)
+            self._work(now, out)
+        at = max(self.paused_until, (self.asked_at or now) + self.settings.ask_again_s)
+        if self.wake_at is None or self.wake_at > at:
+            self.wake_at = at
+            out.append(WakeAt(at=at))
 
-    def _begin_fetching(self, now: float, out: list[Effect]) -> None:
-        assert self.target is not None
-        self.phase, self.started_at = "fetching", now
-        state = (self.target.round, self.target.digest)
-        if self.placed_of != state:
-            self.placed, self.placed_of = set(), state
-        self.waiting = [chunk for chunk in reversed(range(self.settings.chunk_count)) if chunk not in self.placed]
-        if self.under_way:
-            out.append(CancelFetches())
-        self.under_way = set()
-        out.append(Report(fact=StateFetchStarted(round=self.target.round, provider=self.target.provider)))
-        self._pump(out)
+    def _settle(self, now: float, out: list[Effect]) -> None:
+        assert self.own is not None
+        self.phase, self.repair, self.base = "settled", None, None
+        self.catch_up.give_up(out)
+        self.catch_up.choose_snapshot(None, out)
+        self.catch_up.stored.clear()
+        self.catch_up.records = Records(chunk_count=self.settings.chunk_count)
+        self.halting = self.halted = False
+        if self.own != self.told:
+            self.told = self.own
+            fetched, seconds = self.download.bytes_come, to_ms(now - self.started_at)
+            out.append(Report(fact=CaughtUp(round=self.own.round, fetched_bytes=fetched, seconds=seconds)))
+            out += [Tell(actor="exchange", event=self.own), Tell(actor="membership", event=self.own)]
+        out.append(Tell(actor="training", event=Begin(round=self.own.round)))
+        self._write_if_due(out)
+        self._tidy(out)
 
-    def _pump(self, out: list[Effect]) -> None:
-        assert self.target is not None
-        while self.waiting and len(self.under_way) < self.settings.window:
-            chunk = self.waiting.pop()
-            self.under_way.add(chunk)
-            key = ChunkKey(kind="state", round=self.target.round, chunk=chunk)
-            out.append(Fetch(peer=self.target.provider, key=key, timeout_s=self.settings.fetch_timeout_s))
-        if not self.waiting and not self.under_way:
-            self.phase = "importing"
-            out.append(EndImport(round=self.target.round))
+    def _ask(self, now: float, out: list[Effect]) -> None:
+        """What the others have, and where the run is: again and again, since both change."""
+        if self.asked_at is not None and now < self.asked_at + self.settings.ask_again_s:
+            return
+        self.asked_at = now
+        self.asked_in_vain = 0 if self.base is not None or self.repair is not None else self.asked_in_vain + 1
+        out += [Send(peer=peer, message=AskLedger()) for peer in self.providers.members]
+        if self.own is not None and self.own.round == self._goal:
+            out.append(Tell(actor="membership", event=AskAgain()))
+        if self.asked_in_vain == NOWHERE_AFTER:
+            advice = (
+                "no member that is here has what the last commit leads to: start a node that has it, or carry on from "
+                "an older state with `prime-async recover --force`"
+            )
+            ours = self.own.round if self.own else 0
+            out.append(Report(fact=StateNowhere(round=self._goal, ours=ours, advice=advice)))
 
-    def _on_imported(self, now: float, round: int, digest: bytes, out: list[Effect]) -> None:
-        assert self.target is not None
-        self.placed_of = None
-        if digest != self.target.digest:
-            fact = StateDiverged(
-                peer=self.target.provider, round=round, ours=digest.hex(), theirs=self.target.digest.hex()
+    # --- catching up --------------------------------------------------------------------------------------------
+
+    def _work(self, now: float, out: list[Effect]) -> None:
+        assert self.own is not None
+        if self._commit is not None:
+            self.catch_up.records.aim(self._commit)
+        self._compare_histories()
+        if self.repair is not None and self.repair.round != self._goal:
+            self._leave_repair(out)
+        if self.busy:
+            pass
+        elif self.own.round == self._goal and not self.stranger and self.base is None:
+            self._mend(out)
+        elif not self._adopts(out):
+            self._choose_base(out)
+        if self.base is not None:
+            self._compare_histories()
+            snapshot = self.catch_up.snapshot
+            known = snapshot is not None and self._is_known(snapshot)
+            self.catch_up.go_on(now, self.base[1], self._goal, known, out)
+            self._step(out)
+        else:
+            self.download.pump(now, out)
+
+    def _compare_histories(self) -> None:
+        """Whether our state is one that the run went through."""
+        assert self.own is not None
+        if self.torn or self.busy:
+            return
+        chain = self.catch_up.records.chain_before(self.own.round) if self._commit else FIRST_CHAIN
+        if self.own.round > self._goal or chain not in (self.own.chain, None):
+            self.stranger = self.own.round > 0
+        expected = self._expected(self.own.round)
+        if expected is not None and expected != self.own.digest:
+            self.wrong = True
+
+    def _adopts(self, out: list[Effect]) -> bool:
+        """Whether the means of the newest commit are on our disk since before we knew that they are."""
+        own, commit, disk = self.own, self._commit, self.disk
+        assert own is not None
+        if commit is None or self.stranger or self.torn or own.round != commit.round or disk.pending != commit.round:
+            return False
+        if commit.round in self.catch_up.stored:
+            return False
+        fits = (own.digest, disk.pending_digest) == (commit.state, commit.digest)
+        if not fits or next_chain(own.chain, commit.state, commit.digest) != commit.chain:
+            return False
+        if self.adopting != commit.round:
+            self.adopting = commit.round
+            out.append(AdoptRound(commit=commit, previous=own.chain))
+        return True
+
+    def _choose_base(self, out: list[Effect]) -> None:
+        """Our own state, or a snapshot: whichever costs fewer bytes."""
+        assert self.own is not None
+        if self.base is not None and self._is_possible(self.base):
+            return
+        own = [("own", self.own.round)] if not (self.stranger or self.torn) else []
+        bases = [b for b in [*own, *(("snapshot", s) for s in self._snapshots)] if self._is_possible(b)]
+        base = min(bases, key=self._cost, default=None)
+        if base == self.base:
+            return
+        self.base = base
+        self.catch_up.choose_snapshot(base[1] if base is not None and base[0] == "snapshot" else None, out)
+        if base is not None:
+            fact = CatchUpStarted(
+                round=self.own.round,
+                run_round=self._goal,
+                snapshot=base[1] if base[0] == "snapshot" else -1,
+                providers=len(self.providers.holdings),
             )
             out.append(Report(fact=fact))
-            self._ask_again(now, out)
+
+    @property
+    def _snapshots(self) -> list[int]:
+        """Of the rounds of the run's history; of the last only if it is known what it must be."""
+        goal = self._goal
+        return [s for s in self.providers.snapshots if 0 < s < goal or (s == goal > 0 and self._is_known(s))]
+
+    def _is_known(self, round: int) -> bool:
+        """Whether it is known what the outer state after ``round`` rounds must be."""
+        return self._expected(round) is not None and self.catch_up.records.chain_before(round) is not None
+
+    def _is_possible(self, base: tuple[str, int]) -> bool:
+        kind, round = base
+        if kind == "own" and self.stranger:
+            return False
+        here = self.catch_up.snapshot_stored and self.catch_up.snapshot == round
+        if kind == "snapshot" and not here and not self.providers.somebody_has(manifest_key(round)):
+            return False
+        first = self.catch_up.first_missing(round)
+        return first >= self._goal or self.catch_up.is_here(first) or self.providers.somebody_has(record_key(first))
+
+    def _cost(self, base: tuple[str, int]) -> tuple[float, int]:
+        """Bytes to fetch; of equals, the newest."""
+        kind, round = base
+        state = 0.0
+        if kind == "snapshot" and round not in self.disk.snapshots:
+            state = self.settings.state_bytes * (0.5 if round in self.disk.partials else 1.0)
+        return state + (self._goal - round) * self.settings.mean_bytes, -round
+
+    def _step(self, out: list[Effect]) -> None:
+        """Change the outer state, if all that it takes is on disk, and nobody else does."""
+        if self.busy or not self.halted or self.base is None:
             return
-        self.own = (round, digest)
-        out.append(Report(fact=StateFetched(round=round, seconds=to_ms(now - self.started_at))))
-        at = StateAt(round=round, digest=digest)
-        out += [Tell(actor="exchange", event=at), Tell(actor="membership", event=at)]
-        self._settle(out)
-
-    def _settle(self, out: list[Effect]) -> None:
-        if self.under_way:  # before the first chunk came our own state turned out to be the run's
-            out.append(CancelFetches())
-            self.under_way = set()
-        self.phase, self.halted = "settled", False
         assert self.own is not None
-        out.append(Tell(actor="training", event=Begin(round=self.own[0])))
+        kind, round = self.base
+        if kind == "snapshot":
+            if self.catch_up.snapshot_stored:
+                self.busy, self.torn = "loading", True
+                out.append(LoadSnapshot(round=round))
+        elif self.own.round in self.catch_up.stored and self.own.round < self._goal:
+            self.busy = "advancing"
+            out.append(Advance(round=self.own.round))
 
-    def _on_failed(self, now: float, out: list[Effect]) -> None:
-        if self.in_vain:
-            self._give_up(out)
-            out.append(WakeAt(at=now + self.settings.ask_again_s / 4))
+    # --- mending ------------------------------------------------------------------------------------------------
+
+    def _mend(self, out: list[Effect]) -> None:
+        """We are where the run is, and hold something else."""
+        assert self.own is not None
+        if not self.halted or self.run is None or self.run.round != self.own.round:
+            return
+        if self.run.digest == self.own.digest:
+            self.wrong = self.torn
+            return
+        if self.repair is None:
+            self.repair = Repair(round=self.own.round, before=self.own.digest)
+            self.download.want([manifest_key(self.own.round)])
+            fact = StateDiverged(
+                peer="", round=self.own.round, ours=self.own.digest.hex(), theirs=self.run.digest.hex()
+            )
+            out.append(Report(fact=fact))
+
+    def _leave_repair(self, out: list[Effect]) -> None:
+        """The run went on: what was put in its place stays, and the rest is mended where the run is now."""
+        assert self.repair is not None
+        self.download.give_up(out)
+        if self.torn and not self.busy:
+            self.busy = "importing"
+            out.append(EndImport(round=self.repair.round))
+        self.repair = None
+
+    def _on_differing(self, read: ManifestRead, out: list[Effect]) -> None:
+        repair = self.repair
+        if repair is None or repair.round != read.round or repair.missing is not None:
+            return
+        repair.missing, repair.total = set(read.differing), len(read.differing)
+        self.download.want([state_key(read.round, c) for c in read.differing])
+        self._end_repair(out)
+
+    def _end_repair(self, out: list[Effect]) -> None:
+        if self.repair is not None and self.repair.missing is not None and not self.repair.missing and not self.busy:
+            self.busy = "importing"
+            out.append(EndImport(round=self.repair.round))
+
+    # --- outcomes -----------------------------------------------------------------------------------------------
+
+    def _on_outcome(self, now: float, event: Event, out: list[Effect]) -> None:
+        match event:
+            case Fetched(peer=peer, key=key, size=size):
+                if self.download.came(peer, key, size):
+                    self._take(peer, key, out)
+            case FetchFailed(peer=peer, key=key, fault=fault):
+                self.download.failed(now, peer, key, fault)
+            case RecordRead(peer=peer, record=record):
+                self.download.done(record_key(record.commit.round))
+                for liar in self.catch_up.records.take(peer, record):
+                    self.providers.liars.add(liar)
+            case ManifestRead():
+                self._on_manifest(now, event, out)
+            case SnapshotOpened(round=round, missing=missing):
+                self.catch_up.on_snapshot_opened(round, missing)
+            case RoundOpened(round=round, missing=missing):
+                self.catch_up.on_round_opened(round, missing, out)
+            case ChunkStored(key=key):
+                self.download.done(key)
+                self.catch_up.on_chunk_stored(event, out)
+            case SnapshotStored(round=round):
+                self.catch_up.on_snapshot_stored(round)
+            case RoundStored(round=round):
+                self.catch_up.on_round_stored(round)
+                if round == self.adopting and self.own is not None and self.base is None:
+                    self.base, self.adopting = ("own", round), -1
+            case ChunkImported(key=key):
+                self.download.done(key)
+                if self.repair is not None and self.repair.missing is not None and self.repair.round == key.round:
+                    self.repair.missing.discard(key.chunk)
+                    self._end_repair(out)
+            case Imported():
+                self._on_imported(event, out)
+            case _:
+                raise TypeError(f"checkpoint has no use for {type(event).__name__}")
+
+    def _take(self, peer: str, key: ChunkKey, out: list[Effect]) -> None:
+        """What came goes where it belongs."""
+        if key.kind == "record":
+            out.append(ReadRecord(peer=peer, key=key))
+        elif key.kind == "manifest":
+            out.append(ReadManifest(peer=peer, key=key))
+        elif self.repair is not None and key.kind == "state":
+            self.torn = True
+            out.append(ImportChunk(peer=peer, key=key))
         else:
-            self.in_vain = True
-            self._ask_again(now, out)
+            out.append(StoreChunk(peer=peer, key=key))
 
-    def _give_up(self, out: list[Effect]) -> None:
-        if self.under_way:
-            out.append(CancelFetches())
-        self.under_way, self.waiting = set(), []
-        self.phase, self.target = "asking", None
+    def _on_manifest(self, now: float, read: ManifestRead, out: list[Effect]) -> None:
+        expected = self._expected(read.round)
+        key = manifest_key(read.round)
+        self.download.done(key)
+        if read.round not in (self.catch_up.snapshot, self.repair.round if self.repair else None):
+            return  # it was given up
+        chain = read.commit.chain if read.commit is not None else FIRST_CHAIN
+        if read.digest != expected or chain != self.catch_up.records.chain_before(read.round):
+            # Only the chain proves a lie: the leader's word may be the one that is wrong.
+            proved = self.catch_up.records.linked(read.round) is not None
+            self.providers.blame(now, read.peer, key, "invalid" if proved else "gone")
+            self.download.want([key])
+        elif self.repair is not None:
+            self._on_differing(read, out)
+        else:
+            self.catch_up.on_manifest(read, out)
 
-    def _ask_again(self, now: float, out: list[Effect]) -> None:
-        self._give_up(out)
-        out.append(Tell(actor="membership", event=AskAgain()))
-        out.append(WakeAt(at=now + self.settings.ask_again_s))
+    def _on_imported(self, imported: Imported, out: list[Effect]) -> None:
+        what, self.busy = self.busy, ""
+        round, digest = imported.round, imported.digest
+        assert self.own is not None
+        chain = self.own.chain if what == "importing" else self.catch_up.records.chain_before(round)
+        self.own = StateAt(round=round, digest=digest, chain=chain or self._goal_chain)
+        self.torn = self.stranger = False
+        self.wrong = self._expected(round) not in (digest, None) or (self.wrong and what == "advancing")
+        if what == "loading":
+            self.base, self.floor = ("own", round), round
+            self.catch_up.choose_snapshot(None, out)
+        elif what == "importing" and self.repair is not None:
+            fact = StateMended(round=round, chunks=self.repair.total, before=self.repair.before.hex(), now=digest.hex())
+            out.append(Report(fact=fact))
+            self.repair = None
+        if self.own.round == self._goal:
+            self.base = None
+
+    # --- the disk -----------------------------------------------------------------------------------------------
+
+    def _on_ledger_failed(self, now: float, failed: LedgerFailed, out: list[Effect]) -> None:
+        out.append(Report(fact=LedgerTrouble(round=failed.round, damaged=failed.damaged, text=failed.text)))
+        if failed.round == self.writing:
+            self.writing = -1
+            return
+        if failed.round == self.adopting:
+            self.adopting, self.disk = -1, replace(self.disk, pending=-1)
+            return
+        what, self.busy = self.busy, "" if self.busy in ("loading", "advancing") else self.busy
+        if what == "loading":
+            self.catch_up.on_snapshot_damaged(failed.round)
+        else:
+            self.catch_up.on_round_damaged(failed.round)
+        if not failed.damaged:
+            self.catch_up.give_up(out)
+            self.base = None if not self.torn else self.base
+            self.paused_until = now + 5 * self.settings.ask_again_s
+
+    def _write_if_due(self, out: list[Effect]) -> None:
+        if self.own is None or self.writing >= 0 or self.phase != "settled":
+            return
+        if self.keeping.is_due(self.own.round, self.floor, self.disk):
+            self.writing = self.own.round
+            out.append(WriteSnapshot(round=self.own.round))
+
+    def _on_written(self, round: int, out: list[Effect]) -> None:
+        self.writing = -1
+        out.append(Report(fact=SnapshotWritten(round=round)))
+
+    def _tidy(self, out: list[Effect]) -> None:
+        """Delete what is not kept any more. Not while something is being fetched, or its record looked for."""
+        if self.phase == "settled" and self.own is not None and self.writing < 0:
+            keep = self.keeping.what_goes(self.own.round, self.floor, self.disk)
+            if keep is not None:
+                out.append(keep)

@@ -19,7 +19,7 @@ from prime_async.machines.fetches import Fetches
 from prime_async.machines.gathering import Gathering
 from prime_async.machines.recovery import Recovery
 from prime_async.machines.reducing import Reducing
-from prime_async.machines.vocabulary import Effect, Fetched, FetchFailed, Reduced, Settle
+from prime_async.machines.vocabulary import Effect, Fetched, FetchFailed, Reduced, Settle, StoreMeans
 from prime_async.messages import ChunkKey, Commit, View
 
 
@@ -209,20 +209,32 @@ class Chunks:
         assert self.commit is not None
         self.gathering.want(self.gathering.first_source(view), mean_key(self.commit.round, chunk, SETTLED))
 
-    def settle(self, lineage: bytes) -> Settle:
-        """Have the committed means, all of which are here, held as the round's."""
+    def store(self) -> StoreMeans:
+        """Have the means of the plan, all of which are here, put on disk."""
+        assert self.attempt is not None
+        round, (epoch, attempt) = self.attempt.round, self.attempt.number
+        others = _others(round, self.attempt.numbers, (epoch, attempt))
+        return StoreMeans(round=round, epoch=epoch, attempt=attempt, exceptions=others)
+
+    def settle(self, lineage: bytes, previous: bytes) -> Settle:
+        """Have the committed means, all of which are here, held as the round's. ``previous``: the chain before."""
         assert self.commit is not None
         usual = next(iter(self.numbers.values()), SETTLED)
-        others = [(c, n) for c, n in sorted(self.numbers.items()) if n != usual]
-        exceptions: tuple[ChunkKey, ...] = tuple(mean_key(self.commit.round, c, n) for c, n in others)
         attempt = self.attempt
         members = attempt.members if attempt is not None and attempt.view.number == self.commit.view else ()
         return Settle(
             round=self.commit.round,
             epoch=usual[0],
             attempt=usual[1],
-            exceptions=exceptions,
+            commit=self.commit,
+            previous=previous,
+            exceptions=_others(self.commit.round, self.numbers, usual),
             lineage=lineage,
             members=members,
             weights=tuple(attempt.weights.get(m, 0) for m in members) if attempt is not None else (),
         )
+
+
+def _others(round: int, numbers: dict[int, Number], usual: Number) -> tuple[ChunkKey, ...]:
+    """The keys of the chunks whose number is not the usual one."""
+    return tuple(mean_key(round, c, n) for c, n in sorted(numbers.items()) if n != usual)

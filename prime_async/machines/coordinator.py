@@ -12,9 +12,9 @@ The rules:
 * When an owner of the open round leaves the view, its chunks, and no others, go to the rest, under the next attempt.
   (A contributor that leaves needs no new plan: the owners leave it out.) But if the means that are held already can be
   committed, they are. With no contributor or owner left, the round is planned from the beginning.
-* Means are committed when a majority of the voters holds the same, under the newest plan. This is told to membership,
-  which makes it part of a view, again and again until it is. If all voters have answered and there is no majority for
-  anything, the round is planned from the beginning.
+* Means are committed when a majority of the voters holds the same, for the same outer state, under the newest plan.
+  This is told to membership, which makes it part of a view, again and again until it is. If all voters have answered
+  and there is no majority for anything, the round is planned from the beginning.
 * Every message is answered from what is known, so that any of them may be lost: ``Ready`` and ``Have`` are repeated by
   their senders, and answered with the newest plan.
 """
@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from blake3 import blake3
 from msgspec.structs import replace
 
 from prime_async.machines.attempt import Attempt, misfit
@@ -34,14 +33,20 @@ from prime_async.machines.facts import Fact, OwnersLost, RoundTakenOver, StateDi
 from prime_async.machines.owners import assign, eligible
 from prime_async.machines.views import Views
 from prime_async.machines.vocabulary import CommitReady, Effect, Report, Send, Tell, Weighed
-from prime_async.messages import AskView, Behind, Commit, Have, Open, Plan, Ready, Turn, View, bitmap
-
-FIRST_CHAIN = bytes(32)
-
-
-def next_chain(chain: bytes, digest: bytes) -> bytes:
-    """The chain after a commit of ``digest``: BLAKE3(chain || digest), both 32 bytes."""
-    return blake3(chain + digest).digest()
+from prime_async.messages import (
+    FIRST_CHAIN,
+    AskView,
+    Behind,
+    Commit,
+    Have,
+    Open,
+    Plan,
+    Ready,
+    Turn,
+    View,
+    bitmap,
+    next_chain,
+)
 
 
 @dataclass(slots=True)
@@ -331,23 +336,24 @@ class Coordinator:
     # --- a commit -----------------------------------------------------------------------------------------------
 
     def _commit(self, attempt: Attempt) -> Commit | None:
-        """Of the means that a majority holds.
+        """Of the means that a majority holds, for the same outer state.
 
         Half of the voters with their leader decide views, but would be the leader alone of two: with it the means that
         it committed would be gone.
         """
         assert self.view is not None
         valid = self._valid(self.haves.items())
-        for digest in sorted({self.haves[peer].digest for peer in valid}):
-            holders = {peer for peer in valid if self.haves[peer].digest == digest}
+        for state, digest in sorted({_what(self.haves[peer]) for peer in valid}):
+            holders = {peer for peer in valid if _what(self.haves[peer]) == (state, digest)}
             if 2 * sum(v.id in holders for v in self.view.voters) > len(self.view.voters):
                 chain = self.view.commit.chain if self.view.commit else FIRST_CHAIN
                 return Commit(
                     round=attempt.round,
                     epoch=attempt.plan.epoch,
                     attempt=attempt.plan.attempt,
+                    state=state,
                     digest=digest,
-                    chain=next_chain(chain, digest),
+                    chain=next_chain(chain, state, digest),
                     view=attempt.plan.view,
                 )
         return None
@@ -359,7 +365,7 @@ class Coordinator:
         valid = self._valid(self.haves.items())
         if not voters or not all(v in valid for v in voters):
             return None
-        ours = self.haves[voters[0]].digest
+        ours = self.haves[voters[0]].digest  # of the means: outer states that differ are membership's to mend
         odd = next((v for v in voters if self.haves[v].digest != ours), None)
         if odd is None:
             return None
@@ -368,6 +374,11 @@ class Coordinator:
 
     def _say(self, fact: Fact, out: list[Effect]) -> None:
         out.append(Report(fact=fact))
+
+
+def _what(have: Have) -> tuple[bytes, bytes]:
+    """What is agreed on."""
+    return have.state, have.digest
 
 
 def _news(message: Open) -> tuple[int, int, int, int]:

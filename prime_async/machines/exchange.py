@@ -14,7 +14,8 @@ The rules:
   new numbers; of the others nothing is lost, gets under way included. A plan of another making begins all again.
 * ``Ask`` is answered once this node goes by a plan at least as new: with what it holds, under whatever number. From
   then on it refuses means of a lower number. Who is not at that round yet holds nothing of it, and says so.
-* ``Have`` goes to the leader when all means are here under the newest plan's numbers, until the round is committed.
+* When all means are here under the newest plan's numbers they are put on disk, and then ``Have`` goes to the leader,
+  until the round is committed.
 * What happens once the round is committed: :mod:`~prime_async.machines.handover`; and the chunks of either
   phase: :mod:`~prime_async.machines.chunks`.
 
@@ -42,6 +43,7 @@ from prime_async.machines.vocabulary import (
     FetchFailed,
     Forget,
     Heard,
+    MeansStored,
     Reduced,
     Report,
     Send,
@@ -97,6 +99,8 @@ class Exchange:
     heard_epoch: int = 0  # the newest of which we had a plan
     newest: Number = SETTLED  # plan of the round that we went by
     promised: tuple[int, Number] = (-1, SETTLED)  # round and number of the newest ask that was answered
+    storing: Number = SETTLED  # plan whose means are being put on disk, or are there
+    stored: Number = SETTLED  # plan whose means are on disk
     said: Number = SETTLED  # plan for which ``Have`` was said
     repeat_at: float | None = None
     wake_at: float | None = None
@@ -132,8 +136,8 @@ class Exchange:
         match event:
             case ViewChanged(view=view):
                 self._on_view(now, view, out)
-            case StateAt(round=round):
-                self._on_state(now, round, out)
+            case StateAt():
+                self._on_state(now, event, out)
             case ContributionFixed(round=round, weight=weight):
                 if round == self.round:
                     self.contribution.weight = weight
@@ -148,6 +152,9 @@ class Exchange:
                     self.chunks.on_failed(now, event, self.view, out)
             case Reduced():
                 self.chunks.on_reduced(now, event, out)
+            case MeansStored(round=round, epoch=epoch, attempt=attempt):
+                if round == self.round:
+                    self.stored = epoch, attempt
             case Tick():
                 self._on_tick(now, out)
             case _:
@@ -176,7 +183,12 @@ class Exchange:
         own_here = attempt is not None and self.contribution.is_of(attempt.view, self.settings.me)
         self.chunks.pump(now, out, own_here=own_here)
         handed_over = self.hand_over.finish(now, self.view, self.contribution, out)
-        if attempt is not None and self.said != attempt.number and (handed_over or self.chunks.commit is None):
+        if attempt is None or not (handed_over or self.chunks.commit is None):
+            return
+        if self.storing != attempt.number and self.chunks.plan_digest is not None and not handed_over:
+            self.storing = attempt.number
+            out.append(self.chunks.store())
+        if self.said != attempt.number and (self.stored == attempt.number or handed_over):
             self._say_have(now, out)  # after the commit for its measurements: those of the slow are what matters
 
     # --- who and where we are -----------------------------------------------------------------------------------
@@ -197,16 +209,20 @@ class Exchange:
         if new_epoch:
             self._repeat(now, out)
 
-    def _on_state(self, now: float, round: int, out: list[Effect]) -> None:
+    def _on_state(self, now: float, at: StateAt, out: list[Effect]) -> None:
+        round = at.round
         if self.round == round:
+            if at.digest != self.hand_over.state:  # it was mended
+                self.hand_over.state, self.hand_over.chain, self.said = at.digest, at.chain, SETTLED
             self.hand_over.lost_until = 0.0
             return
         lived_through = self.hand_over.done and self.hand_over.round == round - 1
-        self.hand_over.begin(round)
+        self.hand_over.begin(at)
         self.round, self.contribution = round, Contribution()
-        self.newest, self.said, self.early = SETTLED, SETTLED, None
+        self.newest, self.early = SETTLED, None
+        self.storing, self.stored, self.said = SETTLED, SETTLED, SETTLED
         self.chunks.give_up(out)
-        # Who has a state that it did not come to itself has no means that lead to it: nobody shall wait for them here.
+        # Of who has a state that it did not come to itself the means that lead to it are on disk, if anywhere.
         out.append(Forget(means_before=round - lived_through, contributions_before=round))
         if self.view is not None:
             self.hand_over.see(now, self.view, out)
@@ -302,6 +318,7 @@ class Exchange:
             round=attempt.round,
             epoch=attempt.plan.epoch,
             attempt=attempt.plan.attempt,
+            state=self.hand_over.state,
             digest=digest,
             incarnation=me.incarnation,
             received_per_s=meter.received_per_s(now),
@@ -315,7 +332,8 @@ class Exchange:
         self._say_open(out)
         if self.chunks.commit is None:
             self._say_ready(out)
-            self._say_have(now, out)
+            if self.chunks.attempt is not None and self.stored == self.chunks.attempt.number:
+                self._say_have(now, out)
 
     # --- a plan -------------------------------------------------------------------------------------------------
 

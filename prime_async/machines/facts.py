@@ -228,18 +228,76 @@ class NonFiniteProgress(Struct, frozen=True, kw_only=True, tag="non_finite_progr
     times: int
 
 
-class StateFetchStarted(Struct, frozen=True, kw_only=True, tag="state_fetch_started"):
-    """This node fetches the outer state from a member."""
+class LedgerRestored(Struct, frozen=True, kw_only=True, tag="ledger_restored"):
+    """This node begins with what it had on disk: a snapshot after ``snapshot`` rounds, 0: the initial weights.
+
+    With the means since it has the outer state after ``round`` rounds. ``inner``: the inner optimiser's state is of the
+    same round, and used.
+    """
 
     round: int
-    provider: str
-
-
-class StateFetched(Struct, frozen=True, kw_only=True, tag="state_fetched"):
-    """The outer state came, whole and verified."""
-
-    round: int
+    snapshot: int
+    inner: bool
     seconds: float
+
+
+class CatchUpStarted(Struct, frozen=True, kw_only=True, tag="catch_up_started"):
+    """This node has the outer state after ``round`` rounds, and the run is at ``run_round``.
+
+    It fetches the means of the rounds between from ``providers`` members; and a snapshot after ``snapshot`` rounds
+    first, which is cheaper or all that there is, if that is not -1.
+    """
+
+    round: int
+    run_round: int
+    snapshot: int
+    providers: int
+
+
+class CaughtUp(Struct, frozen=True, kw_only=True, tag="caught_up"):
+    """The outer state is the run's. ``fetched_bytes``: what was missing on disk and came from members."""
+
+    round: int
+    fetched_bytes: int
+    seconds: float
+
+
+class StateMended(Struct, frozen=True, kw_only=True, tag="state_mended"):
+    """Our outer state was not the run's: so many of its chunks were fetched anew. Digests are hexadecimal."""
+
+    round: int
+    chunks: int
+    before: str
+    now: str
+
+
+class SnapshotWritten(Struct, frozen=True, kw_only=True, tag="snapshot_written"):
+    """The outer state after ``round`` rounds is on disk, whole."""
+
+    round: int
+
+
+class LedgerTrouble(Struct, frozen=True, kw_only=True, tag="ledger_trouble"):
+    """Something of ``round`` could not be written to disk, or what was read there was damaged. Training goes on."""
+
+    round: int
+    damaged: bool
+    text: str
+
+
+class RemoteCopied(Struct, frozen=True, kw_only=True, tag="remote_copied"):
+    """The remote copy leads at least to the outer state after ``round`` rounds; so many bytes were sent for it."""
+
+    round: int
+    sent_bytes: int
+    seconds: float
+
+
+class RemoteCopyFailed(Struct, frozen=True, kw_only=True, tag="remote_copy_failed"):
+    """The remote copy is as it was. Training goes on, and after the next snapshot it is tried again."""
+
+    round: int
+    text: str
 
 
 class StateSaved(Struct, frozen=True, kw_only=True, tag="state_saved"):
@@ -265,6 +323,7 @@ Fact: TypeAlias = (
     | StateNowhere | SlowWake | StateDiverged | WaitingForMembers
     | RoundPlanned | OwnersLost | RoundTakenOver | ContributorLeftOut | RoundCommitted
     | RoundFinished | RoundIgnored | NonFiniteProgress
-    | StateFetchStarted | StateFetched | StateSaved | PeerDropped
+    | LedgerRestored | CatchUpStarted | CaughtUp | StateMended | SnapshotWritten | LedgerTrouble
+    | RemoteCopied | RemoteCopyFailed | StateSaved | PeerDropped
 )  # fmt: skip
 """Everything that ``node.events`` can give."""

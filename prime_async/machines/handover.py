@@ -2,9 +2,10 @@
 
 The rules:
 
-* The commit comes with a view. When all means are here their digest is compared with the commit's. If it differs, all
-  is fetched once more as settled. If that differs too, or the chain does not fit, the outer state is asked for; the
-  round is tried again a little later, in case that was not what was wrong.
+* The commit comes with a view. Its outer state must be ours, and its chain ours with it. When all means are here their
+  digest is compared with the commit's. If it differs, all is fetched once more as settled. If that differs too, or the
+  state or the chain does, the outer state is asked for; the round is tried again a little later, in case that was not
+  what was wrong.
 * A node that missed a whole commit asks for the outer state. One that knows the commit of its round goes on with it,
   until the run is two commits ahead, or nobody gives it the means: those who held them are gone, and who has joined
   since has the state that they lead to alone.
@@ -18,11 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prime_async.machines.chunks import Chunks
-from prime_async.machines.coordinator import next_chain
 from prime_async.machines.facts import RoundCommitted, StateDiverged
 from prime_async.machines.views import Views
-from prime_async.machines.vocabulary import Effect, FetchState, MeansCommitted, Report, Send, Tell
-from prime_async.messages import AskView, Commit, View, positions
+from prime_async.machines.vocabulary import Effect, FetchState, MeansCommitted, Report, Send, StateAt, Tell
+from prime_async.messages import FIRST_CHAIN, AskView, Commit, View, next_chain, positions
 
 LOST_REPEATS = 10
 """After so many repeats a round that was given up is tried again."""
@@ -51,16 +51,16 @@ class HandOver:
     views: Views
     round: int | None = None
     done: bool = False
-    chain: bytes | None = None  # unknown until the first commit that this node sees
+    state: bytes = b""  # digest of the outer state
+    chain: bytes = FIRST_CHAIN  # of the commits that led to it
     asked: str = ""  # who was asked last for the view of the commit
     lost_until: float = 0.0  # nothing of the round is begun before that
     behind: tuple[int, float] | None = None  # the last that was missed, and when the state was asked for
 
-    def begin(self, round: int) -> None:
-        """The outer state is at ``round``."""
-        if not (self.done and self.round is not None and round == self.round + 1):
-            self.chain = None  # it came from a member, past commits that we did not see
-        self.round, self.done, self.asked, self.lost_until, self.behind = round, False, "", 0.0, None
+    def begin(self, at: StateAt) -> None:
+        """The outer state is another."""
+        self.round, self.state, self.chain = at.round, at.digest, at.chain
+        self.done, self.asked, self.lost_until, self.behind = False, "", 0.0, None
 
     @property
     def lacks(self) -> int | None:
@@ -74,8 +74,11 @@ class HandOver:
         if commit is None or self.round is None or self.done or now < self.lost_until:
             return
         if commit.round == self.round and self.chunks.commit is None:
-            if self.chain is not None and next_chain(self.chain, commit.digest) != commit.chain:
-                self._diverged(commit, b"", view, out)
+            if commit.state != self.state:
+                self._diverged(self.round, self.state, commit.state, view, out)
+                self._start_over(now, out)
+            elif next_chain(self.chain, commit.state, commit.digest) != commit.chain:
+                self._diverged(self.round, self.chain, commit.chain, view, out)
                 self._start_over(now, out)
             else:
                 self.chunks.follow(now, commit, view, out)
@@ -95,7 +98,7 @@ class HandOver:
         if commit is None or digest is None or self.done:
             return False
         if digest != commit.digest:
-            self._diverged(commit, digest, view, out)
+            self._diverged(commit.round, digest, commit.digest, view, out)
             if self.chunks.anew:
                 self._start_over(now, out)
             else:
@@ -107,10 +110,11 @@ class HandOver:
             if not self.asked:
                 self.ask_view(view, out)
             return False
-        self.done, self.chain = True, commit.chain
-        out.append(self.chunks.settle(view.lineage))
+        self.done = True
+        out.append(self.chunks.settle(view.lineage, self.chain))
         out.append(Report(fact=RoundCommitted(round=commit.round, attempt=commit.attempt)))
-        out.append(Tell(actor="training", event=MeansCommitted(round=commit.round, position=position)))
+        committed = MeansCommitted(round=commit.round, position=position, chain=commit.chain)
+        out.append(Tell(actor="training", event=committed))
         return True
 
     def _position(self, commit: Commit, contribution: Contribution) -> int | None:
@@ -132,13 +136,12 @@ class HandOver:
         self.asked = gathering.next_source(view, self.asked) if self.asked else gathering.first_source(view)
         out.append(Send(peer=self.asked, message=AskView(number=commit.view)))
 
-    def _diverged(self, commit: Commit, ours: bytes, view: View, out: list[Effect]) -> None:
-        fact = StateDiverged(peer=view.leader, round=commit.round, ours=ours.hex(), theirs=commit.digest.hex())
+    def _diverged(self, round: int, ours: bytes, theirs: bytes, view: View, out: list[Effect]) -> None:
+        fact = StateDiverged(peer=view.leader, round=round, ours=ours.hex(), theirs=theirs.hex())
         out.append(Report(fact=fact))
 
     def _start_over(self, now: float, out: list[Effect]) -> None:
         """Nothing here can be trusted to be the run's."""
         self.chunks.give_up(out)
-        self.chain = None
         self.lost_until = now + LOST_REPEATS * self.repeat_s
         out.append(Tell(actor="checkpoint", event=FetchState()))

@@ -11,8 +11,11 @@ The rules:
 * A member that is silent for ``failure_timeout_s`` is left out of the next view. If those that are not silent are no
   quorum, this node does not lead any more: it is the one that is cut off.
 * The first view of an epoch has the members that promised it, in their order, and no others.
+* A member whose outer state is another than that of a quorum, this node's among them, is told to fetch it, and comes
+  back as a joiner. If most have another than this node, it is this node's that is wrong: checkpoint mends it.
 * A leader that leaves proposes a view without itself and says goodbye when it is decided, so that another is elected at
-  once. It gives others that leave at the same time a moment to go first.
+  once. It gives others that leave at the same time a moment to go first, and hands over when it has heard from most of
+  those that vote, so that it does not leave the run to the dead.
 
 See :mod:`prime_async.machines.membership` for the rules of the other members.
 """
@@ -27,7 +30,7 @@ from msgspec.structs import replace
 
 from prime_async.machines.ballot import Ballot, change_between, entitled, is_quorum, view_digest
 from prime_async.machines.facts import MemberJoined, MemberLeft, MemberLost, StateDiverged
-from prime_async.machines.vocabulary import Effect, Report, Send
+from prime_async.machines.vocabulary import Effect, Report, RunAt, Send, Tell
 from prime_async.messages import (
     Commit,
     Goodbye,
@@ -55,7 +58,7 @@ class ContactPoint(Struct, frozen=True, kw_only=True):
 class MembershipSettings(Struct, frozen=True, kw_only=True):
     """What a membership machine is made with. ``settings`` is the run spec, flat; times are in seconds.
 
-    ``ballot``: what this node had on disk when it started.
+    ``ballot``: what this node had on disk when it started; ``tip``: the commit that its outer state came of.
     """
 
     me: Member
@@ -66,6 +69,7 @@ class MembershipSettings(Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     failure_timeout_s: float = 10.0
     ballot: Ballot | None = None
+    tip: Commit | None = None
 
 
 @dataclass(slots=True)
@@ -93,11 +97,22 @@ class Peer:
     heard_at: float
     member: Member
     round: int = -1  # of its outer state, as of its last heartbeat
-    digest: bytes = b""
+    digests: dict[int, bytes] = field(default_factory=dict)  # of its outer states of the last few rounds
     began: int = -1  # the round at whose start it became active, as far as this leader knows
     incarnations: tuple[int, ...] = ()  # those that it can prove, from its promise
     gone: bool = False
     silent_s: float = 0.0  # how long it had been silent when it was given up; 0: it said goodbye
+
+    @property
+    def digest(self) -> bytes:
+        return self.digests.get(self.round, b"")
+
+    def report(self, round: int, digest: bytes) -> None:
+        """Its outer state is this now."""
+        self.round = round
+        self.digests[round] = digest
+        for old in [r for r in self.digests if r <= round - DIGESTS_KEPT]:
+            del self.digests[old]
 
 
 @dataclass(slots=True)
@@ -122,7 +137,7 @@ class Leadership:
     leaving_since: float | None = None
     repeat_at: float = 0.0
     opened: bool = False  # the first view of this epoch was proposed
-    turn: int = 0  # of those that joiners fetch the state from
+    doubted: int = -1  # the newest round of which our own outer state was found to be wrong
 
     @property
     def me(self) -> str:
@@ -140,6 +155,8 @@ class Leadership:
         cast_out = record is not None and same and record.gone and not record.silent_s
         if cast_out or member.incarnation <= self.left.get(peer, -1):
             return  # it has left, or was told to come as another; this is a late copy
+        if record is not None and same and record.gone and known is not None:
+            return  # a view without it is under way: as this incarnation it does not come back
         if record is None or not same or record.gone:
             if hello.view and (known is None or known.incarnation != member.incarnation):
                 self._tell_removed(peer, out)
@@ -157,28 +174,29 @@ class Leadership:
         out.append(Send(peer=peer, message=Refuse(reason="not_a_member", text=text)))
 
     def _welcome(self, peer: str, out: list[Effect]) -> None:
-        round, digest, provider = self.run_state(peer)
-        welcome = Welcome(epoch=self.epoch, view=self.view, round=round, state_digest=digest, provider=provider)
+        round, digest = self.run_state
+        welcome = Welcome(epoch=self.epoch, view=self.view, round=round, state_digest=digest)
         out.append(Send(peer=peer, message=welcome))
 
-    def run_state(self, asker: str) -> tuple[int, bytes, str]:
-        """The run's outer state, by round and digest, and who of those that hold it is to give it to ``asker``.
+    @property
+    def run_state(self) -> tuple[int, bytes]:
+        """Our outer state, by round and digest; but if most voters have another at that round, theirs."""
+        round, ours = self.states.round, self.states.digest
+        reported = {p.digests[round] for p in self.peers.values() if round in p.digests}
+        digest = next((d for d in sorted(reported - {ours}) if self._most_have(round, d)), ours)
+        return round, digest
 
-        That is our own, unless we have missed a commit: then it is the newest that a member holds.
-        """
-        round, digest = self.states.round, self.states.digest
-        others = [(p.round, p.digest) for id, p in sorted(self.peers.items()) if id != asker and not p.gone]
-        needed = self.view.commit.round if self.view.commit else 0
-        if asker == self.me and self.view.commit is not None and round == needed:
-            needed += 1  # we could not come to it by ourselves, or we would not ask
-        if round < needed and any(r >= needed for r, _ in others):
-            round, digest = max(others)
-        holders = [id for id, p in sorted(self.peers.items()) if id != asker and (p.round, p.digest) == (round, digest)]
-        holders = [id for id in holders if not self.peers[id].gone]
-        if (self.states.round, self.states.digest) == (round, digest) and asker != self.me:
-            holders.append(self.me)
-        self.turn += 1
-        return round, digest, holders[self.turn % len(holders)] if holders else self.me
+    def _most_have(self, round: int, digest: bytes) -> bool:
+        """Whether a majority of the voters has reported this outer state."""
+        voters = self.view.voters
+        having = sum(self._has(v.id, round, digest) for v in voters)
+        return 2 * having > len(voters)
+
+    def _has(self, node: str, round: int, digest: bytes) -> bool:
+        if node == self.me:
+            return self.states.digests.get(round) == digest
+        record = self.peers.get(node)
+        return record is not None and not record.gone and record.digests.get(round) == digest
 
     # --- heartbeats ---------------------------------------------------------------------------------------------
 
@@ -190,11 +208,14 @@ class Leadership:
             return
         if beat.incarnation < incarnation:
             return
-        record.heard_at, record.round, record.digest = now, beat.round, beat.state_digest
+        record.heard_at = now
+        record.report(beat.round, beat.state_digest)
         ours = self.states.digests.get(beat.round)
         if member is not None and member.active and ours is not None and ours != beat.state_digest:
-            self._cast_out(now, peer, beat, ours, out)
-            return
+            if is_quorum(self.view, {m.id for m in self.view.members if self._has(m.id, beat.round, ours)}):
+                self._cast_out(now, peer, beat, ours, out)
+                return
+            self._doubt_ourselves(peer, beat, ours, out)
         waits = member is not None and not member.active
         if self._is_synced(record) and waits and len(self.view.trainers) < self.settings.min_members:
             self.activating.add(peer)
@@ -203,8 +224,16 @@ class Leadership:
             self._propose_to(peer, out)
         out.append(Send(peer=peer, message=HeartbeatAck(epoch=self.epoch, view=self.view.number)))
         votes_now = member is not None and not member.voter and self._may_vote(member, record)
-        if votes_now or peer in self.activating:
+        if votes_now or peer in self.activating or self.leaving_since is not None:
             self.go_on(now, out)  # not with every heartbeat: it looks at all members
+
+    def _doubt_ourselves(self, peer: str, beat: Heartbeat, ours: bytes, out: list[Effect]) -> None:
+        """We lead, and if most have another outer state, ours is the wrong one."""
+        if self.doubted < beat.round and self._most_have(beat.round, beat.state_digest):
+            self.doubted = beat.round
+            fact = StateDiverged(peer=peer, round=beat.round, ours=ours.hex(), theirs=beat.state_digest.hex())
+            out.append(Report(fact=fact))
+            out.append(Tell(actor="checkpoint", event=RunAt(round=beat.round, digest=beat.state_digest)))
 
     def _cast_out(self, now: float, peer: str, beat: Heartbeat, ours: bytes, out: list[Effect]) -> None:
         fact = StateDiverged(peer=peer, round=beat.round, ours=ours.hex(), theirs=beat.state_digest.hex())
@@ -388,14 +417,16 @@ class Leadership:
         """We were asleep so long: nobody is to blame for what we did not hear."""
         for peer in self.peers.values():
             peer.heard_at += late_s
+        if self.leaving_since is not None:
+            self.leaving_since += late_s
 
     def wake_at(self, now: float) -> float:
         """When somebody's silence has to be judged next."""
         waiting = [p.heard_at for p in self.peers.values() if not p.gone]
         expiry = min(waiting, default=now) + self.settings.failure_timeout_s
         times = [now + self.settings.heartbeat_s, max(now, expiry + 0.001)]
-        if self.leaving_since is not None and not self.hands_over(now):
-            times.append(max(now, self.leaving_since + self.settings.heartbeat_s / 2))
+        if self.leaving_since is not None and now < self.leaving_since + self.settings.heartbeat_s / 2:
+            times.append(self.leaving_since + self.settings.heartbeat_s / 2)
         return min(times)
 
     # --- leaving ------------------------------------------------------------------------------------------------
@@ -413,7 +444,12 @@ class Leadership:
             out.append(Send(peer=peer, message=ViewUpdate(epoch=self.epoch, decided=True, view=self.view)))
 
     def hands_over(self, now: float) -> bool:
-        return self.leaving_since is not None and now >= self.leaving_since + self.settings.heartbeat_s / 2
+        """Not before more than half of those that will vote were heard since: else they could not go on without us."""
+        since = self.leaving_since
+        if since is None or now < since + self.settings.heartbeat_s / 2:
+            return False
+        voters = [self.peers[v.id] for v in self.view.voters if v.id in self.peers and not self.peers[v.id].gone]
+        return not voters or 2 * sum(p.heard_at > since for p in voters) > len(voters)
 
     @property
     def alone(self) -> bool:

@@ -46,7 +46,6 @@ from prime_async.machines.facts import (
     LeaderSilent,
     PeerDropped,
     SlowWake,
-    StateNowhere,
     SteppedDown,
     StillAsking,
     ViewAdopted,
@@ -242,6 +241,7 @@ class Membership:
         """Tell the other machines; and whoever watches, unless only a commit is new."""
         out += [
             Tell(actor="exchange", event=ViewChanged(view=view)),
+            Tell(actor="checkpoint", event=ViewChanged(view=view)),
             Tell(actor="training", event=ViewChanged(view=view)),
         ]
         watched = (view.epoch, view.members)
@@ -311,7 +311,15 @@ class Membership:
             return
         me = replace(self.me, active=True, voter=True, reachable=True)
         lineage = blake3(self.settings.run_id + f"{me.id}/{me.incarnation}".encode()).digest()
-        view = View(lineage=lineage, epoch=1, number=1, previous=bytes(32), leader=me.id, members=(me,))
+        view = View(
+            lineage=lineage,
+            epoch=1,
+            number=1,
+            previous=bytes(32),
+            leader=me.id,
+            members=(me,),
+            commit=self.settings.tip,
+        )
         ballot = replace(self.acceptor.ballot, promised=1, promised_to=me.id, accepted=1, view=view, decided=True)
         self.role, self.leader = "leader", me.id
         self.leadership = Leadership(self.settings, self.me, self.states, 1, view, {}, self.reachable, opened=True)
@@ -322,20 +330,10 @@ class Membership:
     def _on_ask_again(self, now: float, out: list[Effect]) -> None:
         """Checkpoint wants to know where the run is."""
         if self.leadership is not None:
-            round, digest, provider = self.leadership.run_state(self.settings.me.id)
-            commit = self.leadership.view.commit
-            if commit is not None and round < commit.round:
-                self._say_state_is_nowhere(commit.round, out)
-            out.append(Tell(actor="checkpoint", event=RunAt(round=round, digest=digest, provider=provider)))
+            round, digest = self.leadership.run_state
+            out.append(Tell(actor="checkpoint", event=RunAt(round=round, digest=digest)))
         elif self.role in ("asking", "member"):
             self._ask(now, out)
-
-    def _say_state_is_nowhere(self, round: int, out: list[Effect]) -> None:
-        advice = (
-            "no member that is here holds the outer state that the last commit leads to: start a node that has it, or "
-            "carry on from an older one with `prime-async recover --force`"
-        )
-        out.append(Report(fact=StateNowhere(round=round, ours=self.states.round, advice=advice)))
 
     # --- asking -------------------------------------------------------------------------------------------------
 
@@ -376,10 +374,7 @@ class Membership:
         if newly:
             self.standing.hold_back_until = 0.0
             out.append(Report(fact=Joined(leader=peer, view=view.number, round=welcome.round)))
-        at = RunAt(round=welcome.round, digest=welcome.state_digest, provider=welcome.provider)
-        last = view.commit.round if view.commit else -1
-        if welcome.round < self.states.round <= last + 1:  # nobody goes back: the others may fetch from us
-            at = RunAt(round=self.states.round, digest=self.states.digest, provider=self.settings.me.id)
+        at = RunAt(round=welcome.round, digest=welcome.state_digest)
         self._go_by_decided(now, out)
         if self.view is not None and self.view.number >= view.number and newly:
             self._announce(self.view, out)
@@ -734,7 +729,8 @@ class Membership:
                 self._end(Finish(), out)
                 return
             self.leadership.leaving_since = now
-            self.leave_by = now + max(5 * self.settings.heartbeat_s, self.settings.failure_timeout_s)
+            # Somebody may have to be left out first, who died just now.
+            self.leave_by = now + self.settings.failure_timeout_s + 5 * self.settings.heartbeat_s
         elif self.role == "member":
             self.role = "leaving"
             self._say_goodbye(now, out)

@@ -126,10 +126,9 @@ class Training:
         if self.phase == "gone":
             return out
         match event:
-            case StateAt(round=round, digest=digest):
+            case StateAt(round=round):
                 self.round = round
-                at = StateAt(round=round, digest=digest)
-                out += [Tell(actor=actor, event=at) for actor in ("checkpoint", "exchange", "membership")]
+                out += [Tell(actor=actor, event=event) for actor in ("checkpoint", "exchange", "membership")]
             case ViewChanged(view=view):
                 self.view = view
                 self._go_on_if_resting(now, out)
@@ -323,7 +322,8 @@ class Training:
         out.append(Fail(kind="non_finite", text=text))
 
     def _on_applied(self, now: float, round: int, digest: bytes, out: list[Effect]) -> None:
-        counted = self.means is not None and self.means.position >= 0
+        assert self.means is not None
+        counted, chain = self.means.position >= 0, self.means.chain
         fact = RoundFinished(
             round=self.round,
             state_digest=digest.hex(),
@@ -336,7 +336,7 @@ class Training:
             self.work = Work()
         self.round, self.means, self.offered = round, None, -1
         self.training_s, self.encoded_at = 0.0, 0.0
-        at = StateAt(round=round, digest=digest)
+        at = StateAt(round=round, digest=digest, chain=chain)
         out += [Tell(actor=actor, event=at) for actor in ("checkpoint", "exchange", "membership")]
         self._rest(now, "idle", out)
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import Fact
-from prime_async.messages import ChunkInfo, ChunkKey, Commit, Message, View
+from prime_async.messages import ChunkInfo, ChunkKey, Commit, Message, Record, View
 
 ActorName: TypeAlias = Literal["membership", "exchange", "checkpoint", "training"]
 
@@ -48,18 +48,21 @@ class Offended(Struct, frozen=True, kw_only=True, tag="offended"):
 
 
 class StateAt(Struct, frozen=True, kw_only=True, tag="state_at"):
-    """This node's outer state is that after ``round`` rounds, and has this digest."""
+    """This node's outer state is that after ``round`` rounds, and has this digest.
+
+    ``chain``: of the commits of those rounds.
+    """
 
     round: int
     digest: bytes
+    chain: bytes
 
 
 class RunAt(Struct, frozen=True, kw_only=True, tag="run_at"):
-    """The run's outer state is that after ``round`` rounds; ``provider`` holds it."""
+    """To checkpoint: the run's outer state after ``round`` rounds has this digest, says the leader."""
 
     round: int
     digest: bytes
-    provider: str
 
 
 class ViewChanged(Struct, frozen=True, kw_only=True, tag="view_changed"):
@@ -105,7 +108,7 @@ class AskAgain(Struct, frozen=True, kw_only=True, tag="ask_again"):
 
 
 class FetchState(Struct, frozen=True, kw_only=True, tag="fetch_state"):
-    """To checkpoint: this node's outer state is not the run's any more."""
+    """To checkpoint: this node's outer state is not the run's any more, or never was what was committed."""
 
 
 class Begin(Struct, frozen=True, kw_only=True, tag="begin"):
@@ -141,11 +144,13 @@ class ContributionTaken(Struct, frozen=True, kw_only=True, tag="contribution_tak
 class MeansCommitted(Struct, frozen=True, kw_only=True, tag="means_committed"):
     """To training: the means of the round are committed, and all of them are here.
 
-    ``position``: of this node in the bitmaps of the means' headers; -1 if it was not in their plan.
+    ``position``: of this node in the bitmaps of the means' headers; -1 if it was not in their plan. ``chain``: of the
+    commits, with this one.
     """
 
     round: int
     position: int
+    chain: bytes
 
 
 class Leave(Struct, frozen=True, kw_only=True, tag="leave"):
@@ -180,6 +185,14 @@ class Reduced(Struct, frozen=True, kw_only=True, tag="reduced"):
     key: ChunkKey
     info: ChunkInfo
     left_out: tuple[str, ...] = ()
+
+
+class MeansStored(Struct, frozen=True, kw_only=True, tag="means_stored"):
+    """To exchange: the means of ``StoreMeans`` are safe from a crash, or cannot be put on disk, which was reported."""
+
+    round: int
+    epoch: int
+    attempt: int
 
 
 class StepsDone(Struct, frozen=True, kw_only=True, tag="steps_done"):
@@ -227,10 +240,87 @@ class ChunkImported(Struct, frozen=True, kw_only=True, tag="chunk_imported"):
 
 
 class Imported(Struct, frozen=True, kw_only=True, tag="imported"):
-    """All chunks are in their places, and give this digest."""
+    """The outer state is now that after ``round`` rounds, and has this digest."""
 
     round: int
     digest: bytes
+
+
+class LedgerAt(Struct, frozen=True, kw_only=True, tag="ledger_at"):
+    """What is on disk: snapshots of these rounds, and of these rounds the committed means; both ascending.
+
+    ``partials``: rounds of snapshots of which some chunks are there. ``pending``: the newest round of which means are
+    on disk that are not known to be committed, and their common digest; -1 if none.
+    """
+
+    snapshots: tuple[int, ...] = ()
+    means: tuple[int, ...] = ()
+    partials: tuple[int, ...] = ()
+    pending: int = -1
+    pending_digest: bytes = b""
+
+
+class RecordRead(Struct, frozen=True, kw_only=True, tag="record_read"):
+    """The record that came from ``peer``. Nothing in it is verified but that it is one."""
+
+    peer: str
+    record: Record
+
+
+class ManifestRead(Struct, frozen=True, kw_only=True, tag="manifest_read"):
+    """The manifest that came from ``peer`` belongs to an outer state of this digest.
+
+    ``commit``: of the round before, as it says. ``differing``: the chunks that are not so in our outer state.
+    """
+
+    peer: str
+    round: int
+    digest: bytes
+    commit: Commit | None
+    differing: tuple[int, ...]
+
+
+class RoundOpened(Struct, frozen=True, kw_only=True, tag="round_opened"):
+    """The means of the round that are not on disk yet: the numbers of their chunks."""
+
+    round: int
+    missing: tuple[int, ...]
+
+
+class SnapshotOpened(Struct, frozen=True, kw_only=True, tag="snapshot_opened"):
+    """The chunks of the snapshot that are not on disk yet."""
+
+    round: int
+    missing: tuple[int, ...]
+
+
+class ChunkStored(Struct, frozen=True, kw_only=True, tag="chunk_stored"):
+    """A fetched mean, or chunk of a snapshot, is on disk."""
+
+    key: ChunkKey
+
+
+class RoundStored(Struct, frozen=True, kw_only=True, tag="round_stored"):
+    """The means of a committed round are on disk, with its record."""
+
+    round: int
+
+
+class SnapshotStored(Struct, frozen=True, kw_only=True, tag="snapshot_stored"):
+    """The snapshot is on disk, whole."""
+
+    round: int
+
+
+class LedgerFailed(Struct, frozen=True, kw_only=True, tag="ledger_failed"):
+    """What was to be done on disk for this round was not. ``damaged``: bytes there are not what they were.
+
+    Else it is the disk that is full, or does not work.
+    """
+
+    round: int
+    damaged: bool
+    text: str
 
 
 Event: TypeAlias = (
@@ -238,6 +328,8 @@ Event: TypeAlias = (
     | Weighed | Progress | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed | ContributionTaken
     | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Encoded
     | Applied | Evaluated | Restored | Saved | ChunkImported | Imported
+    | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
+    | SnapshotStored | LedgerFailed
 )  # fmt: skip
 """Everything that can happen to a machine."""
 
@@ -336,7 +428,8 @@ class AdoptMean(Struct, frozen=True, kw_only=True, tag="adopt_mean"):
 class Settle(Struct, frozen=True, kw_only=True, tag="settle"):
     """Hold the means of these keys, one for each chunk, as the round's: also under (epoch, attempt) (0, 0).
 
-    ``exceptions``: keys of chunks that were made under another number than ``epoch`` and ``attempt``. For an audit: the
+    ``exceptions``: keys of chunks that were made under another number than ``epoch`` and ``attempt``. For the ledger:
+    the ``commit``, and the chain before it, ``previous``. For an audit: the
     ``lineage``, and the ``members`` over which the means' bitmaps are, with the ``weights`` that the plan gave them (0:
     it counts none of theirs); both empty if this node has not gone by that plan.
     """
@@ -344,6 +437,8 @@ class Settle(Struct, frozen=True, kw_only=True, tag="settle"):
     round: int
     epoch: int
     attempt: int
+    commit: Commit
+    previous: bytes
     exceptions: tuple[ChunkKey, ...] = ()
     lineage: bytes = b""
     members: tuple[str, ...] = ()
@@ -418,15 +513,106 @@ class ImportChunk(Struct, frozen=True, kw_only=True, tag="import_chunk"):
 
 
 class EndImport(Struct, frozen=True, kw_only=True, tag="end_import"):
-    """All chunks of the state are in their places: ``Imported``."""
+    """The chunks that were imported make the outer state that after ``round`` rounds: ``Imported``."""
 
     round: int
+
+
+class StoreMeans(Struct, frozen=True, kw_only=True, tag="store_means"):
+    """Put the means of the plan (epoch, attempt), all of which are here, on disk, safe from a crash: ``MeansStored``.
+
+    ``exceptions``: the keys of those whose number is another.
+    """
+
+    round: int
+    epoch: int
+    attempt: int
+    exceptions: tuple[ChunkKey, ...] = ()
+
+
+class ReadRecord(Struct, frozen=True, kw_only=True, tag="read_record"):
+    """Decode a fetched record: ``RecordRead``, or ``FetchFailed``."""
+
+    peer: str
+    key: ChunkKey
+
+
+class ReadManifest(Struct, frozen=True, kw_only=True, tag="read_manifest"):
+    """Decode a fetched manifest, and keep it: ``ManifestRead``, or ``FetchFailed``."""
+
+    peer: str
+    key: ChunkKey
+
+
+class OpenRound(Struct, frozen=True, kw_only=True, tag="open_round"):
+    """See which means of a committed round are on disk: ``RoundOpened``."""
+
+    record: Record
+
+
+class OpenSnapshot(Struct, frozen=True, kw_only=True, tag="open_snapshot"):
+    """Make room on disk for the snapshot of the manifest that was read last: ``SnapshotOpened``."""
+
+    round: int
+
+
+class StoreChunk(Struct, frozen=True, kw_only=True, tag="store_chunk"):
+    """Put a fetched mean, or chunk of a snapshot, on disk: ``ChunkStored``, or ``FetchFailed`` if it is another."""
+
+    peer: str
+    key: ChunkKey
+
+
+class StoreRecord(Struct, frozen=True, kw_only=True, tag="store_record"):
+    """The means of this round are on disk, all of them: ``RoundStored``."""
+
+    record: Record
+
+
+class AdoptRound(Struct, frozen=True, kw_only=True, tag="adopt_round"):
+    """The pending means on disk are those of ``commit``: ``RoundStored``."""
+
+    commit: Commit
+    previous: bytes
+
+
+class FinishSnapshot(Struct, frozen=True, kw_only=True, tag="finish_snapshot"):
+    """All chunks of the snapshot are on disk: ``SnapshotStored``."""
+
+    round: int
+
+
+class LoadSnapshot(Struct, frozen=True, kw_only=True, tag="load_snapshot"):
+    """Make the snapshot on disk the outer state: ``Imported``."""
+
+    round: int
+
+
+class Advance(Struct, frozen=True, kw_only=True, tag="advance"):
+    """Take the outer step with the committed means on disk, keeping the local progress: ``Imported``."""
+
+    round: int
+
+
+class WriteSnapshot(Struct, frozen=True, kw_only=True, tag="write_snapshot"):
+    """Write the outer state as it is now to disk, while it may go on to change: ``SnapshotStored``."""
+
+    round: int
+
+
+class Keep(Struct, frozen=True, kw_only=True, tag="keep"):
+    """Delete all other snapshots, partial ones up to the newest, and means before ``means_from``: ``LedgerAt``."""
+
+    snapshots: tuple[int, ...]
+    means_from: int
 
 
 Effect: TypeAlias = (
     WakeAt | Report | Tell | Send | Dial | ConnectMembers | StoreBallot | Fail | Finish | Fetch | CancelFetches
     | CancelFetch | AdoptMean | Settle | Reduce | Forget
     | RunSteps | StopSteps | Encode | Apply | Evaluate | Restore | Save | ImportChunk | EndImport
+    | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk | StoreRecord | AdoptRound
+    | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
 )  # fmt: skip
 """Everything that a machine can ask for."""
 

@@ -11,13 +11,14 @@ from prime_async.audit import AuditFolder
 from prime_async.config.contact import Contact
 from prime_async.config.schema import Config, NodeSettings
 from prime_async.config.spec import flatten, run_id
+from prime_async.ledger import Ledger
 from prime_async.log import MachineSettings
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.checkpoint import CheckpointSettings
 from prime_async.machines.exchange import ExchangeSettings
 from prime_async.machines.membership import ContactPoint, MembershipSettings
 from prime_async.machines.training import TrainingSettings
-from prime_async.messages import Member
+from prime_async.messages import Commit, Member
 from prime_async.node.address import WILDCARDS, address_towards
 from prime_async.node.allow import AllowList
 from prime_async.transport.base import Transport
@@ -29,6 +30,11 @@ from prime_async.work.workload import Workload
 FETCH_TIMEOUTS = 6
 """A chunk may take so many failure timeouts: who is dead is found by heartbeats, this is for who is alive and mute."""
 GETS_PER_PEER = 16
+CATCH_UP_BYTES = 16 << 20
+"""On their way from one member, while this node is behind."""
+RECORD_BYTES = 1 << 14
+RECORD_BYTES_PER_CHUNK = 32 + (1 << 13) + 64
+"""A record or manifest is at most so large: a digest and, if each mean has other contributors, a bitmap."""
 SOMEWHERE = ("192.0.2.1", 9)
 """An address of TEST-NET (RFC 5737), to ask for the default route; nothing is sent there."""
 
@@ -59,6 +65,14 @@ def data_stream(node_id: str) -> int:
     return int.from_bytes(blake3(b"data stream " + node_id.encode()).digest(length=8), "little")
 
 
+def node_ledger(config: Config, workload: Workload) -> Ledger | None:
+    """What the node keeps on disk; ``None`` if its workload has nothing to keep."""
+    if not workload.spans:
+        return None
+    run = config.run
+    return Ledger(config.node.directory, run_id(run), flatten(run), workload, run.exchange.chunk_elements)
+
+
 def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolder | None:
     """Where the node writes its contributions and means, if it is to."""
     if config.node.audit is None:
@@ -67,10 +81,17 @@ def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolde
     return AuditFolder(config.node.audit, node_id, exchange.codec, Chunks(workload.elements, exchange.chunk_elements))
 
 
+def catch_up_window(workload: Workload) -> int:
+    """Gets under way from each member while this node is behind: two chunks of a state of the usual size, or more."""
+    largest = max((workload.state_bytes(c) for c in range(workload.chunk_count)), default=1)
+    return max(2, min(GETS_PER_PEER, CATCH_UP_BYTES // max(largest, 1)))
+
+
 def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> AbstractAsyncContextManager[Transport]:
     """The real network. Raises :class:`ConfigError` without a usable key."""
     chunks = range(workload.chunk_count)
     largest = max((max(workload.payload_bytes(c), workload.state_bytes(c)) for c in chunks), default=0)
+    records = RECORD_BYTES + RECORD_BYTES_PER_CHUNK * len(chunks)
     settings = ZmqSettings(
         key=read_key_file(node.key),
         advertise=advertised_host(node),
@@ -81,13 +102,17 @@ def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> 
         encrypt=node.encrypt,
         streams=node.streams,
         window=GETS_PER_PEER,
-        max_payload_bytes=largest,
+        max_payload_bytes=max(largest, records),
     )
     return open_zmq(settings)
 
 
 def machine_settings(
-    config: Config, transport: Transport, workload: Workload, ballot: Ballot | None = None
+    config: Config,
+    transport: Transport,
+    workload: Workload,
+    ballot: Ballot | None = None,
+    tip: Commit | None = None,
 ) -> MachineSettings:
     """What the machines are made with. The incarnation is the time of the start in milliseconds, by our own clock.
 
@@ -115,6 +140,7 @@ def machine_settings(
             heartbeat_s=run.heartbeat_s,
             failure_timeout_s=run.failure_timeout_s,
             ballot=ballot,
+            tip=tip,
         ),
         exchange=ExchangeSettings(
             me=me.id,
@@ -124,7 +150,18 @@ def machine_settings(
             fetch_timeout_s=timeout_s,
             repeat_s=run.heartbeat_s,
         ),
-        checkpoint=CheckpointSettings(chunk_count=workload.chunk_count, fetch_timeout_s=timeout_s),
+        checkpoint=CheckpointSettings(
+            me=me.id,
+            chunk_count=workload.chunk_count,
+            mean_bytes=sum(map(workload.payload_bytes, range(workload.chunk_count))),
+            state_bytes=sum(map(workload.state_bytes, range(workload.chunk_count))),
+            window=catch_up_window(workload),
+            fetch_timeout_s=timeout_s,
+            ask_again_s=run.heartbeat_s,
+            snapshot_every=node.snapshot_every if workload.spans else 0,
+            keep_snapshots=node.keep_snapshots,
+            keep_rounds=node.keep_rounds,
+        ),
         training=TrainingSettings(
             me=me.id,
             inner_steps=run.round.inner_steps,

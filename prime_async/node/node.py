@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -13,8 +12,10 @@ import trio
 
 from prime_async.actors.auditor import Auditor
 from prime_async.actors.checkpoint import CheckpointActor
+from prime_async.actors.copier import Copier
 from prime_async.actors.exchange import ExchangeActor
 from prime_async.actors.groups import single_errors
+from prime_async.actors.ledger import LedgerKeeper
 from prime_async.actors.membership import MembershipActor
 from prime_async.actors.runner import Runner
 from prime_async.actors.store import ChunkStore
@@ -23,7 +24,7 @@ from prime_async.actors.training import TrainingActor
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
 from prime_async.errors import NonFiniteError, PrimeAsyncError, RefusedError
-from prime_async.ledger import BallotFile, StateFile
+from prime_async.ledger import BallotFile, RemoteCopy, Restored
 from prime_async.log import LogWriter, MachineSettings
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import (
@@ -34,9 +35,12 @@ from prime_async.machines.facts import (
     InnerStepDone,
     KeyDenied,
     LeaderSilent,
+    LedgerRestored,
+    LedgerTrouble,
     MemberLost,
     NonFiniteProgress,
     PeerDropped,
+    RemoteCopyFailed,
     RoundIgnored,
     SlowWake,
     StateDiverged,
@@ -44,6 +48,7 @@ from prime_async.machines.facts import (
     SteppedDown,
     StillAsking,
 )
+from prime_async.machines.units import to_ms
 from prime_async.machines.vocabulary import (
     ActorName,
     ContributionTaken,
@@ -57,9 +62,16 @@ from prime_async.machines.vocabulary import (
     Reached,
     StateAt,
 )
-from prime_async.messages import AskView, RoundMessage, ViewUpdate
+from prime_async.messages import AskView, LedgerMessage, Message, RoundMessage, ViewUpdate
 from prime_async.node.allow import AllowList
-from prime_async.node.build import allow_list, audit_folder, data_stream, machine_settings, open_transport
+from prime_async.node.build import (
+    allow_list,
+    audit_folder,
+    data_stream,
+    machine_settings,
+    node_ledger,
+    open_transport,
+)
 from prime_async.node.events import EventStream
 from prime_async.node.meter import Meter
 from prime_async.transport.base import Denied, Notice, Reachable, Received, Traffic, Transport, Violation
@@ -70,7 +82,7 @@ log = structlog.get_logger(__name__)
 
 WARNINGS = (
     ContributorLeftOut, HelloRefused, KeyDenied, MemberLost, NonFiniteProgress, PeerDropped, RoundIgnored, SlowWake,
-    StateDiverged, StillAsking, LeaderSilent, CutOff, StateNowhere, SteppedDown,
+    StateDiverged, StillAsking, LeaderSilent, LedgerTrouble, RemoteCopyFailed, CutOff, StateNowhere, SteppedDown,
 )  # fmt: skip
 GOODBYE_S = 5.0
 """How long a node that is closed by its user waits for the others to let it go."""
@@ -101,8 +113,10 @@ class Node:
         self._finished = trio.Event()
         self._failure: PrimeAsyncError | None = None
         self._scope = trio.CancelScope()
-        self._state_is_whole: Callable[[], bool] = lambda: True
-        self._file = StateFile(config.node.directory, run_id(config.run))
+        self._ledger = node_ledger(config, workload)
+        self._keeper = LedgerKeeper(self._ledger, Tensors(workload), None)
+        self._copier = self._open_copier()
+        self._restored = Restored(workload.round, workload.state_digest(), 0, None)
         self._ballots = BallotFile(config.node.directory, run_id(config.run))
 
     @property
@@ -160,12 +174,14 @@ class Node:
                 self._failure = NonFiniteError(fail.text)
         self._scope.cancel()
 
+    def _open_copier(self) -> Copier | None:
+        node = self.config.node
+        if self._ledger is None or not node.remote:
+            return None
+        return Copier(RemoteCopy(node.remote, node.directory, run_id(self.config.run)), self._ledger, self._report)
+
     def _admit(self, members: frozenset[str]) -> None:
         self._allow.members = members
-
-    def _save(self) -> Path | None:
-        """Not while the outer state is half one and half another: then the file keeps the one it has."""
-        return self._file.save(self._workload) if self._state_is_whole() else None
 
     def _build(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
         machines = settings.build()
@@ -173,11 +189,9 @@ class Node:
             name: Runner(name, machine, tell=self._post, report=self._report, recorder=recorder)
             for name, machine in machines.items()
         }
-        tensors = Tensors(self._workload)
+        keeper, runners = self._keeper, self._runners
         folder = audit_folder(self.config, self.id, self._workload)
-        auditor = Auditor(folder, tensors) if folder is not None else None
-        common = (self._transport, tensors, self._store, nursery)
-        runners = self._runners
+        auditor = Auditor(folder, keeper.tensors) if folder is not None else None
         membership = MembershipActor(
             self._transport,
             nursery,
@@ -187,24 +201,32 @@ class Node:
             fail=self._fail,
             finish=self._finished.set,
         )
-        exchange = ExchangeActor(*common, runners["exchange"].post, runners["exchange"].retract, auditor)
-        checkpoint = CheckpointActor(*common, runners["checkpoint"].post, runners["checkpoint"].retract)
-        checkpoint.served_round = self._workload.round
+        exchange = ExchangeActor(
+            self._transport,
+            keeper,
+            self._store,
+            nursery,
+            runners["exchange"].post,
+            runners["exchange"].retract,
+            auditor,
+        )
+        checkpoint = CheckpointActor(
+            self._transport, keeper, nursery, runners["checkpoint"].post, runners["checkpoint"].retract
+        )
+        keeper.post = runners["checkpoint"].post
+        if self._copier is not None:
+            keeper.on_snapshot = self._copier.wake
+            nursery.start_soon(self._copier.run, name=f"copier of {self.id[:8]}")
+        self._store.read_ledger = keeper.provide
         self._store.on_taken = lambda round: self._post("training", ContributionTaken(round=round))
-        self._state_is_whole = lambda: checkpoint.served_round is not None
-
-        def serve_round(round: int | None) -> None:
-            checkpoint.served_round = round
-
         training = TrainingActor(
-            tensors,
+            keeper,
             self._store,
             nursery,
             runners["training"].post,
             report=self._report,
             fail=self._fail,
-            serve_round=serve_round,
-            save=self._save,
+            inner_every=self.config.node.snapshot_every,
             auditor=auditor,
         )
         actors: dict[ActorName, Performer] = {
@@ -224,8 +246,7 @@ class Node:
     def _on_notice(self, notice: Notice) -> None:
         match notice:
             case Received(peer=peer, message=message):
-                actor: ActorName = "exchange" if isinstance(message, RoundMessage) else "membership"
-                self._runners[actor].offer(Heard(peer=peer, message=message))
+                self._runners[_concerned(message)].offer(Heard(peer=peer, message=message))
                 if isinstance(message, ViewUpdate | AskView):  # for both: a plan may refer to an older view
                     self._runners["exchange"].offer(Heard(peer=peer, message=message))
             case Denied(peer=peer, address=address):
@@ -243,7 +264,9 @@ class Node:
         nursery.start_soon(self._listen)
         nursery.start_soon(self._end_events)
         self._transport.serve(self._store)
-        self._post("training", StateAt(round=self._workload.round, digest=self._workload.state_digest()))
+        restored = self._restored
+        self._keeper.announce()
+        self._post("training", StateAt(round=restored.round, digest=restored.digest, chain=restored.chain))
 
     async def _end_events(self) -> None:
         await self._finished.wait()
@@ -256,12 +279,30 @@ class Node:
                 await self._finished.wait()
 
     async def _load(self) -> Ballot | None:
-        await trio.to_thread.run_sync(self._file.load, self._workload)
+        """What is on disk of the outer state becomes the workload's."""
+        began = trio.current_time()
+        if self._ledger is not None:
+            restored = self._restored = await trio.to_thread.run_sync(self._ledger.restore)
+            inner = await trio.to_thread.run_sync(self._ledger.restore_inner, restored)
+            if restored.round:
+                seconds = to_ms(trio.current_time() - began)
+                fact = LedgerRestored(round=restored.round, snapshot=restored.snapshot, inner=inner, seconds=seconds)
+                self._report(fact)
+        self._keeper.tip, self._keeper.served_round = self._restored.tip, self._restored.round
         return await trio.to_thread.run_sync(self._ballots.load)
 
     async def _save_last(self) -> None:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._save)
+            await self._keeper.save()
+            if self._copier is not None:
+                await self._copier.push()
+
+
+def _concerned(message: Message) -> ActorName:
+    """The machine that a message is for."""
+    if isinstance(message, RoundMessage):
+        return "exchange"
+    return "checkpoint" if isinstance(message, LedgerMessage) else "membership"
 
 
 def _default_workload(config: Config) -> Workload:
@@ -279,8 +320,8 @@ async def open_node(
 
     It joins its run, or founds it, and trains in the background; iterate over ``node.events`` to watch it, and
     ``await node.wait()`` until it has left. ``transport`` and ``workload`` replace the real network, and the model
-    and data of the configuration; by default both are made from ``config``. If ``node.directory`` holds the outer
-    state of this run, the node begins with it.
+    and data of the configuration; by default both are made from ``config``. If ``node.directory`` holds an outer
+    state of this run, the node begins with it, and fetches only what it missed.
 
     Leaving the block stops the node after the inner step that is under way, says goodbye, and saves the outer state.
     Cancelling it does the same without the goodbye. If the node cannot go on, the block is cancelled and one of these
@@ -296,7 +337,7 @@ async def open_node(
             transport = await stack.enter_async_context(open_transport(config.node, workload, allow))
         node = Node(config, transport, workload, allow)
         ballot = await node._load()
-        settings = machine_settings(config, transport, workload, ballot)
+        settings = machine_settings(config, transport, workload, ballot, node._restored.tip)
         recorder = None
         if config.node.record is not None:
             recorder = stack.enter_context(closing(LogWriter(config.node.record, node.id, settings)))

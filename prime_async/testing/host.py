@@ -11,8 +11,8 @@ from blake3 import blake3
 from prime_async.log import MachineSettings
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import Fact
-from prime_async.machines.vocabulary import ActorName, Fail, Machine
-from prime_async.messages import ChunkInfo, ChunkKey
+from prime_async.machines.vocabulary import ActorName, Fail, LedgerAt, Machine, Settle
+from prime_async.messages import ChunkInfo, ChunkKey, Commit
 
 Deferred = tuple[Callable[..., None], tuple[object, ...]]
 
@@ -24,18 +24,73 @@ def digest_of(*parts: object) -> bytes:
     return blake3(repr(parts).encode()).digest()
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An outer state on disk, and the last of the commits that led to it."""
+
+    digest: bytes
+    commit: Commit | None
+
+
+@dataclass(slots=True)
+class DiskMeans:
+    """The means of a round on disk, by chunk. ``missing``, ``wanted``: while they are fetched.
+
+    ``damaged``: chunks whose bytes are not what they were, which is ``found`` when they are read.
+    """
+
+    infos: dict[int, ChunkInfo]
+    commit: Commit | None = None
+    previous: bytes | None = None
+    missing: set[int] = field(default_factory=set)
+    wanted: list[bytes] = field(default_factory=list)
+    damaged: set[int] = field(default_factory=set)
+    found: bool = False
+
+    @property
+    def digests(self) -> list[bytes]:
+        return [self.infos[c].digest for c in sorted(self.infos)]
+
+
 @dataclass(slots=True)
 class Disk:
     """What a crash leaves of a node. ``born``: the number of its starts, from which incarnations are made.
 
-    ``free_at``: when the writes under way are done; ``wiped``: how often all was lost.
+    ``free_at``, ``ledger_free_at``: when the writes under way are done; ``wiped``: how often all was lost.
+    ``damaged``: chunks of snapshots; ``faults``: how often something of the ledger was lost without a crash.
     """
 
+    chunk_count: int
     ballot: Ballot | None = None
-    state: tuple[int, bytes] | None = None
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    partials: dict[int, tuple[Snapshot, set[int]]] = field(default_factory=dict)
+    means: dict[int, DiskMeans] = field(default_factory=dict)
+    damaged: dict[int, set[int]] = field(default_factory=dict)
+    faults: int = 0
     born: int = 0
     free_at: float = 0.0
+    ledger_free_at: float = 0.0
     wiped: int = 0
+
+    def wipe(self) -> None:
+        self.ballot, self.wiped = None, self.wiped + 1
+        self.snapshots, self.partials, self.means, self.damaged = {}, {}, {}, {}
+
+    @property
+    def ledger(self) -> LedgerAt:
+        """As the machine is told of it."""
+        known = {r: m for r, m in sorted(self.means.items()) if not m.missing and not m.found}
+        whole = [r for r, m in known.items() if m.commit is not None]
+        open_rounds = [r for r, m in known.items() if m.commit is None and m.infos]
+        pending = max(open_rounds, default=-1)
+        digest = blake3(b"".join(self.means[pending].digests)).digest() if pending >= 0 else b""
+        return LedgerAt(
+            snapshots=tuple(sorted(self.snapshots)),
+            means=tuple(whole),
+            partials=tuple(sorted(self.partials)),
+            pending=pending,
+            pending_digest=digest,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +107,9 @@ class Transfer:
 
 @dataclass(slots=True, eq=False)
 class SimNode:
-    """A process. ``state``: round and digest of its outer state. ``applied``: what it applied, by round.
+    """A process. ``state``: round and digest of its outer state, ``tip``: the last commit that led to it.
+
+    ``applied``: what it applied, by round.
 
     ``steps``: inner steps since the start; those from ``base[chunk]`` on are not counted yet. ``counted``: round ->
     the chunks whose committed mean counts this node.
@@ -63,6 +120,9 @@ class SimNode:
     machines: dict[ActorName, Machine]
     disk: Disk
     state: tuple[int, bytes] = FIRST_STATE
+    tip: Commit | None = None
+    manifest: Snapshot | None = None  # that was read last
+    settling: Settle | None = None  # the means that are applied next
     alive: bool = True
     paused: bool = False
     finished: bool = False

@@ -12,6 +12,7 @@ from prime_async.messages import (
     Behind,
     Have,
     Held,
+    LedgerMessage,
     Message,
     Open,
     Plan,
@@ -159,7 +160,11 @@ class Network:
             traffic.received[kind] += 1
             traffic.received_bytes[kind] += size
         heard = Heard(peer=sender, message=message)
-        actor: ActorName = "exchange" if isinstance(message, ROUND_MESSAGES) else "membership"
+        actor: ActorName = "membership"
+        if isinstance(message, ROUND_MESSAGES):
+            actor = "exchange"
+        elif isinstance(message, LedgerMessage):
+            actor = "checkpoint"
         if isinstance(message, ViewUpdate | AskView):
             self.kernel.give(node, "exchange", heard)
         self.kernel.give(node, actor, heard)

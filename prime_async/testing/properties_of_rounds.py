@@ -9,20 +9,34 @@ from blake3 import blake3
 
 from prime_async.machines.attempt import SETTLED, Number, mean_key, number_of
 from prime_async.machines.ballot import is_quorum
-from prime_async.machines.coordinator import next_chain
 from prime_async.machines.owners import assign
 from prime_async.machines.vocabulary import (
     ActorName,
     AdoptMean,
+    Advance,
     Apply,
     Effect,
     Event,
     Heard,
+    LoadSnapshot,
     Reduce,
     Send,
 )
-from prime_async.messages import ChunkInfo, ChunkKey, Commit, Have, Held, Member, Plan, View, positions
-from prime_async.testing.host import SimNode
+from prime_async.messages import (
+    FIRST_CHAIN,
+    ChunkInfo,
+    ChunkKey,
+    Commit,
+    Have,
+    Held,
+    Member,
+    Plan,
+    View,
+    next_chain,
+    positions,
+)
+from prime_async.testing.host import Disk, SimNode
+from prime_async.testing.ledger import restore
 from prime_async.testing.properties_of_views import Require, ViewProperties
 from prime_async.testing.simulation import STARTS_APART, Simulation
 from prime_async.testing.trace import text_of
@@ -36,6 +50,9 @@ NEVER_REMADE = "a mean that a quorum holds is not made again"
 ONE_NAME = "a key never names two different bytes"
 REFUSED = "after an answer to an ask no mean of a lower number is taken"
 HONEST = "a member has what it says that it has"
+ON_DISK = "what a member says that it has is on its disk"
+SAFE = "the means of a commit are on the disks of a quorum"
+IN_THE_CHAIN = "only a snapshot that the chain names is loaded"
 COUNTED_ONCE = "a contribution is counted at most once"
 NOT_LOST = "progress that was not counted is kept"
 UNTOUCHED = "chunks of an owner that is here are not made again"
@@ -92,6 +109,10 @@ class RoundProperties:
                     self._on_reduce(node, effect)
                 case Apply():
                     self._on_apply(node, effect)
+                case Advance(round=round):
+                    self._on_advance(node, round)
+                case LoadSnapshot(round=round):
+                    self._on_load(node, round)
 
     def on_chosen(self) -> None:
         """New views may have been chosen: each has the commit of the one before, or the next."""
@@ -100,6 +121,8 @@ class RoundProperties:
             self.seen_view += 1
             commit = self.views.chosen[self.seen_view].commit
             if commit is not None:
+                if commit.round not in self.commits:
+                    self._is_safe(commit)
                 self._on_commit(commit)
 
     def _on_commit(self, commit: Commit) -> None:
@@ -110,8 +133,9 @@ class RoundProperties:
             self.require(
                 newest in (None, commit.round - 1), ONE_COMMIT, lambda: f"{commit} comes after that of round {newest}"
             )
-            if before is not None:
-                fits = next_chain(before.chain, commit.digest) == commit.chain
+            if before is not None or commit.round == 0:
+                chain = before.chain if before is not None else FIRST_CHAIN
+                fits = next_chain(chain, commit.state, commit.digest) == commit.chain
                 self.require(fits, ONE_COMMIT, lambda: f"{commit} does not follow {before}")
             self.commits[commit.round] = commit
             self._count(commit)
@@ -251,6 +275,26 @@ class RoundProperties:
         right = blake3(b"".join(digests)).digest() == have.digest
         self.require(right, HONEST, lambda: f"{node.id} says {text_of(have)}, and the means of its plan are others")
         self.means[have.digest] = tuple(digests)
+        if have.round not in self.commits:  # else it is said for its measurements
+            safe = self._is_on_disk(node.disk, have.round, tuple(digests))
+            self.require(safe, ON_DISK, lambda: f"{node.id} says {text_of(have)}, and could lose that by a crash")
+
+    def _is_on_disk(self, disk: Disk, round: int, digests: tuple[bytes, ...]) -> bool:
+        """The means, or what comes after them. What was damaged was there."""
+        means = disk.means.get(round)
+        return (means is not None and tuple(means.digests) == digests) or restore(disk)[0][0] > round
+
+    def _is_safe(self, commit: Commit) -> None:
+        """A view with a commit is chosen: whatever crashes now, its means are there."""
+        base = self.views.chosen.get(self.seen_view - 1)
+        chunks = self.means.get(commit.digest)
+        if base is None or chunks is None:
+            return
+        disks = {v.id: self.simulation.disks[v.id] for v in base.voters}
+        safe = [id for id, d in disks.items() if d.wiped or d.faults or self._is_on_disk(d, commit.round, chunks)]
+        self.require(
+            is_quorum(base, safe), SAFE, lambda: f"{text_of(commit)} is on those of {safe}, after {text_of(base)}"
+        )
 
     def on_accepted(self, node: SimNode, view: View) -> None:
         """A view is accepted. If it brings a commit, a quorum of those who decide on it must hold the means."""
@@ -310,6 +354,29 @@ class RoundProperties:
         )
         for chunk, info in enumerate(infos):
             self._used_up_if_counted(node, effect, chunk, info)
+
+    def _on_advance(self, node: SimNode, round: int) -> None:
+        """The same of means that are taken from the disk."""
+        means, commit = node.disk.means[round], self.commits.get(round)
+        digest = blake3(b"".join(means.digests)).digest()
+        self.require(
+            commit is not None and commit.digest == digest and means.commit == commit and not means.missing,
+            ONLY_COMMITTED,
+            lambda: f"{node.id} applies {digest.hex()[:8]} for round {round}; committed is {text_of(commit)}",
+        )
+        for chunk, info in means.infos.items():
+            key = mean_key(round, chunk, SETTLED)
+            same = self.applied.setdefault(key, info.digest) == info.digest
+            self.require(same, SAME_BYTES, lambda: f"{node.id} applies other bytes as {key}")  # noqa: B023
+
+    def _on_load(self, node: SimNode, round: int) -> None:
+        """What the newest commit leads to is known from the commits after it alone."""
+        commit, digest = self.commits.get(round), node.disk.snapshots[round].digest
+        self.require(
+            commit is None or commit.state == digest,
+            IN_THE_CHAIN,
+            lambda: f"{node.id} loads {digest.hex()[:8]} as the state after {round} rounds; it is {text_of(commit)}",
+        )
 
     def _used_up_if_counted(self, node: SimNode, effect: Apply, chunk: int, info: ChunkInfo) -> None:
         own = node.chunks.get(ChunkKey(kind="contribution", round=effect.round, chunk=chunk))

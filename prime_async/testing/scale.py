@@ -89,7 +89,7 @@ def begun(nodes: int, seed: int, settings: SimulationSettings) -> Simulation:
         decided=True,
     )
     for name in names:
-        simulation.disks[name] = Disk(ballot=ballot)
+        simulation.disks[name] = Disk(chunk_count=simulation.settings.chunk_count, ballot=ballot)
         simulation.start(name, contacts=names[:1] if name != names[0] else names[1:2])
     return simulation
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prime_async.machines.ballot import is_quorum
+from prime_async.machines.membership import Membership
 from prime_async.messages import Commit, View
 from prime_async.testing.host import SimNode
 from prime_async.testing.properties import Properties
@@ -21,7 +22,7 @@ LIMIT_S = 180.0
 
 
 def random_settings(chance: random.Random) -> SimulationSettings:
-    """A joiner must be able to fetch the state within a round: slow networks have long rounds."""
+    """A joiner must be able to fetch the means of a round within a round: slow networks have long rounds."""
     latency_s = chance.choice([(0.001, 0.01), (0.01, 0.1), (0.01, 0.1), (0.05, 0.5)])
     slow = latency_s[1] > 0.2
     return SimulationSettings(
@@ -33,7 +34,9 @@ def random_settings(chance: random.Random) -> SimulationSettings:
         inner_steps=chance.randint(6, 10) if slow else chance.randint(2, 8),
         latency_s=latency_s,
         disk_s=chance.choice([(0.001, 0.01), (0.01, 0.3)]),
-        saves_rounds=chance.random() < 0.7,
+        snapshot_every=chance.choice([1, 2, 4, 1000]),
+        keep_snapshots=chance.choice([1, 2]),
+        keep_rounds=chance.choice([0, 2, 6]),
         step_s_of={} if chance.random() < 0.7 else {"n1": 1.0},
         nat=frozenset(chance.choice([(), (), (), ("n2",), ("n1", "n3")])),
         witnesses=frozenset(chance.choice([(), (), (), ("n2",)])),
@@ -84,6 +87,14 @@ class Chaos:
         for _ in range(count):
             self.restart(f"n{len(self.simulation.nodes)}")
 
+    def corrupt(self, name: str) -> None:
+        if self.simulation.nodes[name].running:
+            self.note(f"corrupt {name}")
+            self.simulation.corrupt(name)
+
+    def damage(self, name: str) -> None:
+        self.note(f"damage {self.simulation.damage(name)} on the disk of {name}")
+
     def pause(self, name: str, seconds: float) -> None:
         self.note(f"pause {name} for {seconds:.2f} s")
         self.simulation.pause(name)
@@ -125,6 +136,8 @@ class Chaos:
             (2, lambda: self.leave(self.some(), at_once=self.chance.random() < 0.5)),
             (1, self._flap),
             (1, self._restart_all),
+            (1, lambda: self.corrupt(self.some())),
+            (2, lambda: self.damage(self.some())),
         )
         self.chance.choices([way for _, way in ways], [weight for weight, _ in ways])[0]()
 
@@ -186,10 +199,15 @@ class Chaos:
         for number in (view.number - 1, view.number):
             if not self._has_quorum(number):
                 return f"no quorum of view {number}"
-        if all(name in nat for name in self._voters_here(view)):
-            return "no voter can be dialled"
         ballots = [n.disk.ballot for n in self.simulation.running if n.disk.ballot is not None]
         accepted = [b.view for b in ballots if b.view is not None and b.view.number > view.number]  # it may be decided
+        for proposed in accepted:
+            if not is_quorum(proposed, self._voters_here(proposed)):
+                return f"no quorum of view {proposed.number}, which may be decided"
+        voters = self._voters_here(view)
+        stay = [name for name in voters if name not in self.leaving]
+        if all(name in nat for name in stay or voters):
+            return "no voter can be dialled"
         for commit in dict.fromkeys(v.commit for v in (view, *accepted) if v.commit is not None):
             if not self._can_follow(commit):
                 return f"nobody holds the state, or the means, of round {commit.round}"
@@ -201,6 +219,7 @@ class Chaos:
         if any(n.state[0] > commit.round for n in nodes):
             return True
         here = {info.digest for n in nodes for key, info in n.chunks.items() if key.kind == "mean"}
+        here |= {d for n in nodes for means in n.disk.means.values() for d in means.digests}
         means = self.properties.rounds.means.get(commit.digest, ())
         return any(n.state[0] == commit.round for n in nodes) and bool(means) and here.issuperset(means)
 
@@ -209,9 +228,18 @@ class Chaos:
         return view is None or is_quorum(view, self._voters_here(view))
 
     def _voters_here(self, view: View) -> list[str]:
-        """Those that run, and can prove that they are the ones that the view calls so."""
-        here = {n.id: n.disk.ballot.incarnations for n in self.simulation.running if n.disk.ballot is not None}
+        """Those that run, and can prove that they are the ones that the view calls so.
+
+        One that is told to leave before it has found its leader goes without a word.
+        """
+        nodes = [n for n in self.simulation.running if n.id not in self.leaving or not self._seeks(n)]
+        here = {n.id: n.disk.ballot.incarnations for n in nodes if n.disk.ballot is not None}
         return [v.id for v in view.voters if v.incarnation in here.get(v.id, ())]
+
+    @staticmethod
+    def _seeks(node: SimNode) -> bool:
+        membership = node.machines["membership"]
+        return isinstance(membership, Membership) and membership.role in ("starting", "asking")
 
     def is_active(self, node: SimNode) -> bool:
         view = self.properties.newest
@@ -226,6 +254,10 @@ class Chaos:
         self.simulation.run_until(
             lambda: all(n.state[0] >= goal and self.is_active(n) for n in self.staying()), limit_s
         )
+
+    def expect_agreement(self, limit_s: float = LIMIT_S) -> None:
+        """At some time all who stay have the same outer state."""
+        self.simulation.run_until(lambda: len({n.state for n in self.staying()}) <= 1, limit_s)
 
 
 def run_schedule(seed: int, *, record: bool = False, disturbances: int = 5) -> Chaos:
@@ -243,6 +275,7 @@ def run_schedule(seed: int, *, record: bool = False, disturbances: int = 5) -> C
         chaos.heal()
         if not chaos.why_stuck():
             chaos.expect_progress()
+            chaos.expect_agreement()
     except Exception as error:
         error.add_note("\n".join(["what was done:", *chaos.done]))
         if record:

@@ -13,8 +13,8 @@ class SimulationSettings:
     ``seconds`` above 0: a round's training lasts so long, instead of ``inner_steps``. ``step_s``: of an inner step,
     ``step_s_of`` for single nodes. ``loss`` and ``doubled`` are chances per control message; ``latency_s`` is that of
     a message or of a chunk, beside its transfer. ``bytes_per_s_of``: bandwidth of single nodes, each way; without
-    it a transfer takes no time. ``saves_rounds``: the outer state is on disk after each round, or only when a node
-    leaves. ``measured``: messages are encoded, for their bytes to be counted.
+    it a transfer takes no time. ``snapshot_every``, ``keep_snapshots``, ``keep_rounds``: as in
+    ``[node]``. ``measured``: messages are encoded, for their bytes to be counted.
     """
 
     chunk_count: int = 3
@@ -34,7 +34,9 @@ class SimulationSettings:
     chunk_bytes: int = 1 << 20
     bytes_per_s_of: Mapping[str, float] = field(default_factory=dict, hash=False)
     disk_s: tuple[float, float] = (0.001, 0.02)
-    saves_rounds: bool = True
+    snapshot_every: int = 4
+    keep_snapshots: int = 2
+    keep_rounds: int = 6
     nat: frozenset[str] = frozenset()
     witnesses: frozenset[str] = frozenset()
     measured: bool = False

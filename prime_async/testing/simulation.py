@@ -23,29 +23,39 @@ from prime_async.machines.training import TrainingSettings
 from prime_async.machines.vocabulary import (
     ActorName,
     AdoptMean,
+    Apply,
     BallotStored,
     CancelFetch,
     CancelFetches,
     ConnectMembers,
     Dial,
     Effect,
+    Encode,
+    EndImport,
+    Evaluate,
     Fail,
     Fetch,
     Finish,
     Forget,
+    ImportChunk,
     Leave,
     Reduce,
     Report,
+    Restore,
+    RunSteps,
+    Save,
     Send,
     Settle,
     StateAt,
+    StopSteps,
     StoreBallot,
     Tell,
     WakeAt,
 )
-from prime_async.messages import Member
-from prime_async.testing.host import FIRST_STATE, Disk, SimNode
+from prime_async.messages import FIRST_CHAIN, Member
+from prime_async.testing.host import Disk, SimNode, digest_of
 from prime_async.testing.kernel import Kernel, Observer
+from prime_async.testing.ledger import SimLedger, restore
 from prime_async.testing.network import Network
 from prime_async.testing.settings import SimulationSettings
 from prime_async.testing.store import Store
@@ -75,6 +85,7 @@ class Simulation:
         self.network = Network(self.kernel, self.nodes, self._settings)
         self.store = Store(self.kernel, self.network)
         self.work = Work(self.kernel, self.store, self._settings)
+        self.ledger = SimLedger(self.kernel, self.store, self._settings)
         self.disk_observers: list[Callable[[SimNode, Ballot], None]] = []
         self.hint = ""  # how to run this again
         for i in range(nodes):
@@ -98,7 +109,7 @@ class Simulation:
 
     @settings.setter
     def settings(self, settings: SimulationSettings) -> None:
-        self._settings = self.network.settings = self.work.settings = settings
+        self._settings = self.network.settings = self.work.settings = self.ledger.settings = settings
 
     @property
     def running(self) -> list[SimNode]:
@@ -106,32 +117,27 @@ class Simulation:
 
     # --- what a test does: nodes --------------------------------------------------------------------------------
 
-    def start(
-        self,
-        name: str,
-        state: tuple[int, bytes] | None = None,
-        *,
-        wiped: bool = False,
-        contacts: Iterable[str] | None = None,
-    ) -> SimNode:
+    def start(self, name: str, *, wiped: bool = False, contacts: Iterable[str] | None = None) -> SimNode:
         """Start a node, for the first time or again: as a new incarnation, with what is on its disk, or ``wiped``."""
-        disk = self.disks.setdefault(name, Disk())
+        disk = self.disks.setdefault(name, Disk(chunk_count=self._settings.chunk_count))
         if name in self.nodes:
             self.crash(name)
         if wiped:
-            disk.ballot, disk.state, disk.wiped = None, None, disk.wiped + 1
+            disk.wipe()
         if contacts is None:
             first = disk.born == 0 and name == "n0"
             contacts = [] if first else [n for n in ("n0", *self.nodes) if n != name]
         disk.born += 1
-        node = self._new_process(name, disk, list(dict.fromkeys(contacts)), state or disk.state or FIRST_STATE)
+        node = self._new_process(name, disk, list(dict.fromkeys(contacts)))
         self.nodes[name] = node
         self.processes.append(node)
-        at = StateAt(round=node.state[0], digest=node.state[1])
-        self.kernel.post(node, "training", at)
+        chain = node.tip.chain if node.tip is not None else FIRST_CHAIN
+        self.ledger.announce(node)
+        self.kernel.post(node, "training", StateAt(round=node.state[0], digest=node.state[1], chain=chain))
         return node
 
-    def _new_process(self, name: str, disk: Disk, contacts: list[str], state: tuple[int, bytes]) -> SimNode:
+    def _new_process(self, name: str, disk: Disk, contacts: list[str]) -> SimNode:
+        state, _, tip = restore(disk)
         s = self._settings
         witness = name in s.witnesses
         me = Member(
@@ -152,6 +158,7 @@ class Simulation:
                 heartbeat_s=s.heartbeat_s,
                 failure_timeout_s=s.failure_timeout_s,
                 ballot=disk.ballot,
+                tip=tip,
             ),
             exchange=ExchangeSettings(
                 me=name,
@@ -160,7 +167,14 @@ class Simulation:
                 straggler_timeout_s=s.straggler_timeout_s,
                 fetch_timeout_s=s.fetch_timeout_s,
             ),
-            checkpoint=CheckpointSettings(chunk_count=s.chunk_count, fetch_timeout_s=s.fetch_timeout_s),
+            checkpoint=CheckpointSettings(
+                me=name,
+                chunk_count=s.chunk_count,
+                fetch_timeout_s=s.fetch_timeout_s,
+                snapshot_every=s.snapshot_every,
+                keep_snapshots=s.keep_snapshots,
+                keep_rounds=s.keep_rounds,
+            ),
             training=TrainingSettings(
                 me=name,
                 inner_steps=0 if s.seconds else s.inner_steps,
@@ -171,7 +185,7 @@ class Simulation:
             ),
         )
         node = SimNode(id=name, settings=settings, machines=settings.build(), disk=disk)
-        node.state = state
+        node.state, node.tip = state, tip
         return node
 
     def crash(self, name: str) -> None:
@@ -179,7 +193,7 @@ class Simulation:
         node = self.nodes[name]
         if node.alive:
             node.alive = False
-            node.disk.free_at = 0.0
+            node.disk.free_at = node.disk.ledger_free_at = 0.0
             self.store.lose_server(node)
 
     def pause(self, name: str) -> None:
@@ -189,6 +203,23 @@ class Simulation:
     def resume(self, name: str) -> None:
         if self.nodes[name].paused:
             self.kernel.go_on(self.nodes[name])
+
+    def corrupt(self, name: str) -> None:
+        """Its outer state is not what it computed any more, and it does not know."""
+        node = self.nodes[name]
+        node.state = (node.state[0], digest_of("corrupt", node.state[1], self.now))
+
+    def damage(self, name: str) -> str:
+        """Bytes of something in its ledger are not what they were: of a mean or of a snapshot. Says what."""
+        disk, chunk = self.disks[name], self.kernel.random.randrange(max(1, self._settings.chunk_count))
+        there = [("means", r) for r, m in disk.means.items() if chunk in m.infos]
+        there += [("snapshot", r) for r in disk.snapshots]
+        if not there:
+            return "nothing"
+        kind, round = self.kernel.random.choice(sorted(there))
+        (disk.means[round].damaged if kind == "means" else disk.damaged.setdefault(round, set())).add(chunk)
+        disk.faults += 1
+        return f"{kind} {round}, chunk {chunk}"
 
     def leave(self, name: str, *, at_once: bool = False) -> None:
         self.kernel.post(self.nodes[name], "training", Leave(at_once=at_once))
@@ -301,12 +332,19 @@ class Simulation:
                 self.store.adopt(node, effect)
             case Settle():
                 self.store.settle(node, effect, self._settings.chunk_count)
+                node.settling = effect
+                self.ledger.settle(node, effect)
             case Reduce():
                 self.store.reduce(node, effect)
             case Forget():
                 self.store.forget(node, effect)
-            case _:
+            case (
+                RunSteps() | StopSteps() | Encode() | Apply() | Evaluate() | Restore() | Save() | ImportChunk()
+                | EndImport()
+            ):  # fmt: skip
                 self.work.perform(node, effect)
+            case _:
+                self.ledger.perform(node, effect)
 
     # --- the disk -----------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prime_async.machines.attempt import SETTLED, number_of
 from prime_async.machines.vocabulary import (
     ActorName,
     AdoptMean,
@@ -34,13 +35,19 @@ class BrokenModelError(AssertionError):
     """A machine asked for what a real node could not do."""
 
 
+def tells_no_lies(_server: SimNode, _key: ChunkKey, info: ChunkInfo) -> ChunkInfo:
+    return info
+
+
 class Store:
-    """The chunks of all nodes, and the gets between them."""
+    """The chunks of all nodes, and the gets between them. ``lies`` may put something else in the place of an answer."""
 
     def __init__(self, kernel: Kernel, network: Network) -> None:
         self.kernel = kernel
         self.network = network
         self.observers: list[Callable[[SimNode, ChunkKey, ChunkInfo], None]] = []
+        self.read_disk: Callable[[SimNode, ChunkKey], ChunkInfo | None]
+        self.lies: Callable[[SimNode, ChunkKey, ChunkInfo], ChunkInfo] = tells_no_lies
         self.parts: dict[bytes, tuple[bytes, ...]] = {}  # digest of a mean -> those of the contributions in it
 
     # --- what a node holds --------------------------------------------------------------------------------------
@@ -54,6 +61,11 @@ class Store:
             observer(node, key, info)
         for transfer in node.waiting.pop(key, ()):
             self._answer(transfer, self._use(node, key))
+
+    def answer_waiting(self, node: SimNode, key: ChunkKey) -> None:
+        """What is on disk now, to those who wait for it."""
+        for transfer in node.waiting.pop(key, ()):
+            self._answer(transfer, self.read_disk(node, key))
 
     def adopt(self, node: SimNode, effect: AdoptMean) -> None:
         if effect.found not in node.chunks:
@@ -73,7 +85,7 @@ class Store:
     def forget(self, node: SimNode, effect: Forget) -> None:
         oldest = node.oldest = {"contribution": effect.contributions_before, "mean": effect.means_before}
         node.chunks = {k: v for k, v in node.chunks.items() if k.round >= oldest[k.kind]}
-        over = [k for k in node.waiting if k.round < oldest[k.kind]]
+        over = [k for k in node.waiting if k.round < oldest.get(k.kind, 0)]
         for key in over:
             for transfer in node.waiting.pop(key):
                 self._answer(transfer, None)
@@ -183,7 +195,7 @@ class Store:
             self.kernel.give(node, transfer.actor, FetchFailed(peer=transfer.peer, key=key, fault=fault))
             return
         size = self.network.settings.chunk_bytes
-        if key.kind == "mean":
+        if key.kind == "mean" and transfer.actor == "exchange":
             self.put(node, key, info)
         else:
             node.held[transfer.actor, transfer.peer, key] = info
@@ -197,9 +209,14 @@ class Store:
         assert server is not None
         if not server.running or transfer.over:
             return
-        if key.kind == "state":
-            right = server.serves_state and server.state[0] == key.round
-            self._answer(transfer, ChunkInfo(digest=server.state[1]) if right else None)
+        if key.kind in ("state", "manifest"):
+            self._answer(transfer, self.read_disk(server, key))
+        elif key.kind == "record" or (key.round < server.oldest[key.kind] and number_of(key) == SETTLED):
+            info = self.read_disk(server, key)
+            if info is None and key.round >= server.state[0] - 1:
+                server.waiting.setdefault(key, []).append(transfer)
+            else:
+                self._answer(transfer, info)
         elif (info := self._use(server, key)) is not None:
             self._answer(transfer, info)
         elif key.round < server.oldest[key.kind]:
@@ -215,6 +232,7 @@ class Store:
             return
         server, settings = transfer.server, self.network.settings
         assert server is not None
+        info = self.lies(server, transfer.key, info)
         self.network.traffic[server.id].chunk_bytes_out += settings.chunk_bytes
         server.up_free_at = self._passed_on(server.up_free_at, server.id)
         wait_s = server.up_free_at - self.kernel.now + self.network.latency_s()

@@ -18,6 +18,7 @@ from prime_async.machines.vocabulary import (
     EndImport,
     Evaluate,
     Evaluated,
+    FetchFailed,
     ImportChunk,
     Imported,
     Restore,
@@ -29,7 +30,7 @@ from prime_async.machines.vocabulary import (
     StopSteps,
 )
 from prime_async.messages import ChunkInfo, ChunkKey
-from prime_async.testing.host import SimNode, digest_of
+from prime_async.testing.host import SimNode, Snapshot, digest_of
 from prime_async.testing.kernel import Kernel
 from prime_async.testing.settings import SimulationSettings
 from prime_async.testing.store import BrokenModelError, Store
@@ -85,9 +86,7 @@ class Work:
             case Save():
                 self.kernel.later(TENSOR_S, self.kernel.on, node, self._save, node)
             case ImportChunk(peer=peer, key=key):
-                node.serves_state = False
-                node.incoming[key.chunk] = node.held.pop(("checkpoint", peer, key)).digest
-                post(node, "checkpoint", ChunkImported(key=key), IMPORT_S)
+                self._import_chunk(node, peer, key)
             case EndImport(round=round):
                 self._end_import(node, round)
             case _:
@@ -143,21 +142,33 @@ class Work:
                 node.base[chunk] = node.encoded[1]
                 node.counted.setdefault(effect.round, set()).add(chunk)
         node.applied[effect.round] = digest_of(*means)
+        assert node.settling is not None
         node.state = (effect.round + 1, digest_of(node.state[1], *means))
+        node.tip = node.settling.commit
         node.serves_state = True
-        if self.settings.saves_rounds:
-            node.disk.state = node.state
         self.kernel.give(node, "training", Applied(round=node.state[0], digest=node.state[1]))
 
     def _save(self, node: SimNode) -> None:
         if node.running:
-            node.disk.state = node.state
+            node.disk.snapshots[node.state[0]] = Snapshot(node.state[1], node.tip)
+            node.disk.damaged.pop(node.state[0], None)
             self.kernel.give(node, "training", Saved(path="state"))
+
+    def _import_chunk(self, node: SimNode, peer: str, key: ChunkKey) -> None:
+        """If it is what the manifest says."""
+        digest = node.held.pop(("checkpoint", peer, key)).digest
+        if node.manifest is None or node.manifest.digest != digest:
+            failed = FetchFailed(peer=peer, key=key, fault="invalid")
+            self.kernel.post(node, "checkpoint", failed, IMPORT_S)
+            return
+        node.serves_state = False
+        node.incoming[key.chunk] = digest
+        self.kernel.post(node, "checkpoint", ChunkImported(key=key), IMPORT_S)
 
     def _end_import(self, node: SimNode, round: int) -> None:
         """The progress of this node stays: the local weights move with the outer ones."""
         parts, node.incoming = node.incoming, {}
-        digests = {parts[c] for c in sorted(parts)}
+        digests = {parts.get(c, node.state[1]) for c in range(self.settings.chunk_count)}
         digest = digests.pop() if len(digests) == 1 else digest_of("a mixture", *sorted(digests))
         node.state = (round, digest)
         node.serves_state = True

@@ -12,6 +12,7 @@ from torch import Tensor
 from prime_async.errors import ProtocolError
 from prime_async.work.chunks import ChunkCodec, Chunks
 from prime_async.work.codec import Codec, as_bytes, as_tensor
+from prime_async.work.inner import Span
 from prime_async.work.workload import StepReport
 
 
@@ -99,13 +100,23 @@ class BufferWorkload:
         self._digest = self._combine()
         return self._digest
 
-    def named_state(self) -> Mapping[str, Tensor]:
-        """There is nothing to keep."""
+    @property
+    def spans(self) -> Sequence[Span]:
+        """One parameter: the vector."""
+        return [Span("values", 0, self.elements, (self.elements,))]
+
+    @property
+    def state_prefixes(self) -> Sequence[str]:
+        return ("",)
+
+    def chunk_digests(self) -> bytes:
+        return b"".join(self._digests)
+
+    def inner_state(self) -> Mapping[str, Tensor]:
         return {}
 
-    def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:  # noqa: ARG002
-        """Only the round changes."""
-        return self.end_import(round)
+    def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:  # noqa: ARG002
+        return False
 
     def evaluate(self) -> float:
         return math.nan

@@ -5,7 +5,7 @@ The blocking form, as INTELLECT-1 ran it (arXiv 2412.01152): inner steps, exchan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -52,6 +52,14 @@ class Trainer(Protocol):
 
     def reset_optimizer(self) -> None:
         """Forget the inner optimiser's moments."""
+        ...
+
+    def optimizer_state(self) -> Mapping[str, Tensor]:
+        """The inner optimiser's moments and counts, on the host, by name."""
+        ...
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Take over what ``optimizer_state`` gave. ``False``, and nothing has changed, if it does not fit."""
         ...
 
     def evaluate(self, *, weights: Tensor | None = None) -> float:
@@ -138,6 +146,12 @@ class DilocoWorkload(OuterWorkload):
             else:
                 self._outer.import_chunk(chunk, data)
                 self._move_local(chunk, self._outer.theta(chunk))
+
+    def inner_state(self) -> Mapping[str, Tensor]:
+        return self.trainer.optimizer_state()
+
+    def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:
+        return self.trainer.load_optimizer_state(tensors)
 
     def evaluate(self) -> float:
         """If the local weights are others than the outer ones, the two trade places, and exporting waits meanwhile."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ from prime_async.work.schedule import learning_rate, total_steps
 from prime_async.work.workload import StepReport
 
 EVALUATION_BATCHES = 32
+MOMENTS = {"exp_avg", "exp_avg_sq", "step"}
+"""What AdamW keeps of each parameter."""
 SWAP_ELEMENTS = 2**20
 
 
@@ -105,6 +107,34 @@ class InnerTrainer:
         """Forget the moments, as in the first step."""
         self._optimizer.state.clear()
 
+    def optimizer_state(self) -> Mapping[str, Tensor]:
+        """The moments and step counts, by the name of the moment, a dot, and that of the parameter.
+
+        Each is a copy on the host that is made when it is looked up; on a host device the tensor itself.
+        """
+        return _HostCopies({f"{kind}.{name}": t for name, kind, t in self._moments()})
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Take over what :meth:`optimizer_state` gave. ``False`` if it is of other parameters; nothing has changed."""
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            parameter = parameters.get(name)
+            if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
+                return False
+            found.setdefault(parameter, {})[kind] = tensor.to(parameter.device, torch.float32)
+        if len(found) != len(parameters) or any(set(moments) != MOMENTS for moments in found.values()):
+            return False
+        self._optimizer.state.update(found)
+        return True
+
+    def _moments(self) -> Iterator[tuple[str, str, Tensor]]:
+        names: dict[Tensor, str] = {p: n for n, p in self.model.named_parameters()}
+        for parameter, moments in self._optimizer.state.items():
+            for kind, tensor in sorted(moments.items()):
+                yield names[parameter], kind, tensor
+
     def evaluate(self, batches: int | None = EVALUATION_BATCHES, weights: Tensor | None = None) -> float:
         """Held-out loss in nats per token of the current weights, or of ``weights``.
 
@@ -175,6 +205,22 @@ class InnerTrainer:
             got = f"made {tuple(logits.shape)} of tokens {tuple(inputs.shape)}"
             raise ConfigError([f'[run] model = "{self.run.model}": {got}, not logits {wanted}'])
         return logits
+
+
+class _HostCopies(Mapping[str, Tensor]):
+    """Tensors by name, each moved to the host when it is looked up."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].detach().cpu().contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def list_spans(model: nn.Module) -> list[Span]:

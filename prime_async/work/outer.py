@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import blake3
@@ -15,9 +15,10 @@ from prime_async.config.schema import OuterSettings
 from prime_async.errors import LocalError, ProtocolError
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import as_bytes, as_tensor
-from prime_async.work.inner import Span
 
 MOMENTUM_PREFIX = "momentum."
+STATE_PREFIXES = ("", MOMENTUM_PREFIX)
+"""Of the parameters' names in a snapshot, for the weights and for the momentum."""
 
 
 class OuterState:
@@ -33,7 +34,7 @@ class OuterState:
     are fused on some processors and not on others.
 
     Methods may be called from any thread. A chunk has a lock of its own: who exports it sees it before or after a step,
-    never between. ``round`` and the digest change in ``end_round``, ``end_import`` and ``load_named`` alone.
+    never between. ``round`` and the digest change in ``end_round`` and ``end_import`` alone.
 
     A chunk's digest is the BLAKE3 of its exported bytes, taken right after they change, while they are in the
     cache. The digest of the whole is the BLAKE3 of the round, 8 bytes little-endian, and the chunks' digests in order.
@@ -72,33 +73,10 @@ class OuterState:
         with self._all_locks():
             yield self._theta
 
-    def named(self, spans: Sequence[Span]) -> dict[str, Tensor]:
-        """Views of the weights by parameter name, and of the momentum by ``momentum.`` and the name."""
-        parts = [("", self._theta), (MOMENTUM_PREFIX, self._momentum)]
-        return {prefix + s.name: flat[s.start : s.stop].view(s.shape) for prefix, flat in parts for s in spans}
-
-    def load_named(self, spans: Sequence[Span], tensors: Mapping[str, Tensor], round: int) -> bytes:
-        """Replace all by what :meth:`named` gave after ``round`` rounds. Returns the digest.
-
-        Raises :class:`KeyError` or :class:`ValueError` if a tensor is missing, not fp32, or has another shape; the
-        state is then as it was.
-        """
-        own = self.named(spans)
-        for name, view in own.items():
-            found = tensors[name]
-            if found.shape != view.shape or found.dtype != view.dtype:
-                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {view.dtype} {tuple(view.shape)}")
-        with self._all_locks():
-            for name, view in own.items():
-                view.copy_(tensors[name])
-            self._digests = [self._hash(chunk) for chunk in range(self.chunks.count)]
-        self._changed = set(range(self.chunks.count))
-        return self._close(round, "load")
-
-    def chunk_digest(self, chunk: int) -> bytes:
-        """BLAKE3 of what :meth:`export_chunk` gives, 32 bytes."""
-        with self._locks[chunk]:
-            return self._digests[chunk]
+    @property
+    def chunk_digests(self) -> bytes:
+        """Of each chunk the BLAKE3 of what :meth:`export_chunk` gives, 32 bytes; joined, in order."""
+        return b"".join(self._digests)
 
     def step(self, chunk: int, gradient: Tensor, scratch: Tensor) -> None:
         """Move ``chunk`` along the mean pseudo-gradient, fp32 (elements of the chunk,). ``scratch``: the same size.
@@ -153,7 +131,12 @@ class OuterState:
             self._digests[chunk] = self._hash(chunk)
 
     def end_import(self, round: int) -> bytes:
-        """After every chunk was imported: this is the state after ``round`` rounds. Returns the digest."""
+        """After every chunk was imported: this is the state after ``round`` rounds. Returns the digest.
+
+        If it is at that round already, chunks that were not imported stay as they are.
+        """
+        if round == self._round:
+            self._changed = set(range(self.chunks.count))
         return self._close(round, "import")
 
     def _close(self, round: int, verb: str) -> bytes:

@@ -15,7 +15,7 @@ from prime_async.work.codec import Codec, make_codec
 from prime_async.work.device import set_threads
 from prime_async.work.factory import build_model, model_vocabulary
 from prime_async.work.inner import Span, list_spans
-from prime_async.work.outer import OuterState
+from prime_async.work.outer import STATE_PREFIXES, OuterState
 from prime_async.work.threads import torch_threads
 from prime_async.work.workload import StepReport
 
@@ -87,13 +87,19 @@ class OuterWorkload:
     def restore(self) -> None:
         """There is no local progress."""
 
+    @property
+    def spans(self) -> Sequence[Span]:
+        return self._spans
+
+    @property
+    def state_prefixes(self) -> Sequence[str]:
+        return STATE_PREFIXES
+
     def export_state(self, chunk: int) -> bytes:
-        """Its BLAKE3 is ``chunk_digest(chunk)``."""
         return self._outer.export_chunk(chunk)
 
-    def chunk_digest(self, chunk: int) -> bytes:
-        """BLAKE3 of what ``export_state`` gives."""
-        return self._outer.chunk_digest(chunk)
+    def chunk_digests(self) -> bytes:
+        return self._outer.chunk_digests
 
     def import_state(self, chunk: int, data: memoryview) -> None:
         """Raises :class:`ProtocolError` if ``data`` has another size or is not finite: then nothing has changed."""
@@ -103,15 +109,11 @@ class OuterWorkload:
     def end_import(self, round: int) -> bytes:
         return self._outer.end_import(round)
 
-    def named_state(self) -> Mapping[str, Tensor]:
-        """The weights by the model's parameter names, the momentum by ``momentum.`` and the name."""
-        return self._outer.named(self._spans)
+    def inner_state(self) -> Mapping[str, Tensor]:
+        return {}
 
-    def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:
-        """Also does what ``restore`` does. If it raises nothing has changed."""
-        digest = self._outer.load_named(self._spans, tensors, round)
-        self.restore()
-        return digest
+    def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:  # noqa: ARG002
+        return False
 
     def evaluate(self) -> float:
         """NaN: that takes a model and data."""

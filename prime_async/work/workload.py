@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prime_async.work.inner import Span
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -97,6 +99,23 @@ class Workload(Protocol):
         """Give up the local progress: local weights are the outer weights, the inner optimiser starts afresh."""
         ...
 
+    @property
+    def spans(self) -> Sequence[Span]:
+        """Where each parameter lies in the vector. Empty: the outer state is not kept on disk."""
+        ...
+
+    @property
+    def state_prefixes(self) -> Sequence[str]:
+        """Of the parameters' names in a snapshot: one for each vector that an outer state has, the weights first."""
+        ...
+
+    def chunk_digests(self) -> bytes:
+        """Of each chunk the BLAKE3 of what ``export_state`` gives; joined, in chunk order.
+
+        The state's digest is the BLAKE3 of the round, 8 bytes little-endian, and of these.
+        """
+        ...
+
     def export_state(self, chunk: int) -> bytes:
         """The outer state of ``chunk``: ``state_bytes(chunk)`` bytes that ``import_state`` takes on another node."""
         ...
@@ -109,19 +128,21 @@ class Workload(Protocol):
         ...
 
     def end_import(self, round: int) -> bytes:
-        """After ``import_state`` of every chunk: the outer state is that after ``round`` rounds. Returns its digest."""
-        ...
+        """After ``import_state`` of every chunk: the outer state is that after ``round`` rounds. Returns its digest.
 
-    def named_state(self) -> Mapping[str, Tensor]:
-        """The outer state to keep on disk, fp32: views, by parameter name. Empty: there is nothing to keep."""
-        ...
-
-    def load_named_state(self, tensors: Mapping[str, Tensor], round: int) -> bytes:
-        """Replace the outer state by what ``named_state`` gave after ``round`` rounds, and ``restore``.
-
-        Returns its digest.
-        Raises ``KeyError`` or ``ValueError`` if a tensor is missing, or has another shape.
+        At the round at which it is already, the chunks that were not imported stay as they are.
         """
+        ...
+
+    def inner_state(self) -> Mapping[str, Tensor]:
+        """The inner optimiser's state to keep on disk, on the host, by name. Empty: there is none.
+
+        A tensor may be copied from the device when it is looked up: look at one after the other.
+        """
+        ...
+
+    def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Take over what ``inner_state`` gave. ``False``, and nothing has changed, if it does not fit the model."""
         ...
 
     def evaluate(self) -> float:

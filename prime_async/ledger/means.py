@@ -1,0 +1,295 @@
+"""The means of the rounds, a file each, and which of them are committed (:mod:`prime_async.ledger.means_format`).
+
+A file whose header is torn, or of another run or model, is as if it were not there, and is begun anew by who writes to
+it. An item that is cut off, or does not have its digest, is as if it were not there; so is an A of another format, run
+or round, or for other slots, and a B that names another A, since A was written anew after it. Slots are checked against
+A, or against what the reader knows, whenever they are read: one that was never written is wrong bytes. So a crash at
+any point leaves what was there, or what was to be there, or less; never something else.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Final
+
+from blake3 import blake3
+
+from prime_async.errors import LocalError, ProtocolError
+from prime_async.ledger.errors import DamagedError, translated
+from prime_async.ledger.files import LOCAL_FILES, File, Files, list_rounds
+from prime_async.ledger.means_format import (
+    FORMAT,
+    SLOTS_START,
+    Contents,
+    MeansHeader,
+    Tail,
+    decode_contents,
+    encode_item,
+    encode_means_header,
+    encode_settled,
+    read_means_header,
+    read_tail,
+    slots,
+)
+from prime_async.messages import DIGEST_BYTES, ChunkInfo, Commit, Included, Record
+from prime_async.transport.base import Chunk
+
+DIRECTORY: Final = "means"
+ENDING: Final = ".means"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMeans:
+    """What a file says of its means; of each chunk in ``infos``. Without a commit, ``previous`` is unknown too."""
+
+    infos: tuple[ChunkInfo, ...]
+    commit: Commit | None
+    previous: bytes | None
+
+
+class MeansFiles:
+    """The means of one run in a node's directory.
+
+    Methods may be called from any thread, those that write for different rounds or (:meth:`put`) different chunks.
+    All raise :class:`StorageError` if the file system fails, and :class:`DiskFullError`, one of those, if it is full.
+    """
+
+    def __init__(
+        self, directory: Path, run_id: bytes, payload_bytes: Sequence[int], files: Files = LOCAL_FILES
+    ) -> None:
+        """``directory``: the node's. ``payload_bytes``: of the mean of each chunk."""
+        self.directory = directory / DIRECTORY
+        self._run_id = run_id
+        self._sizes = tuple(payload_bytes)
+        self._slots = slots(payload_bytes)
+        *self._starts, end = accumulate(payload_bytes, initial=SLOTS_START)
+        self._header = MeansHeader(run_id, end - SLOTS_START)
+        self._files = files
+        self._beginning = threading.Lock()  # else one thread would cut off what another has just put
+        self._decoded: tuple[bytes, Contents] | None = None  # the newest A: each chunk that is read wants it
+
+    def path(self, round: int) -> Path:
+        return self.directory / f"{round:012d}{ENDING}"
+
+    def put(self, round: int, chunk: int, payload: bytes | memoryview) -> None:
+        """Write the mean of ``chunk`` into its slot; it is safe after :meth:`close`.
+
+        If A tells of another mean, the chunk is damaged until A is written anew. Raises :class:`LocalError` if the
+        payload has the wrong size.
+        """
+        view = memoryview(payload).cast("B")
+        if view.nbytes != self._sizes[chunk]:
+            raise LocalError(f"the mean of chunk {chunk} has {view.nbytes} bytes instead of {self._sizes[chunk]}")
+        failure = f"the mean of chunk {chunk} could not be written"
+        with translated(self.path(round), failure), self._open_to_write(round) as file:
+            file.write_at(self._starts[chunk], view)
+
+    def close(self, round: int, infos: Sequence[ChunkInfo]) -> None:
+        """The slots hold the means of these ``infos``: what was put before this is on disk when it returns.
+
+        A commit that is there stays if the infos are the same, and goes if they are others.
+        """
+        a = encode_item(self._contents(round, b"".join(i.digest for i in infos), included(infos)))
+        self._write(round, a, None, "the means could not be closed", sync=True)
+
+    def commit(self, round: int, commit: Commit, previous: bytes) -> None:
+        """The means that A tells of are those of ``round``. Not safe from a loss of power at once: others know it too.
+
+        Raises :class:`LocalError` if the means were not closed.
+        """
+        tail = self._read_tail(round)
+        if tail is None:
+            raise LocalError(f"the means of round {round} are not on disk: close them before their commit")
+        b = encode_settled(tail.a, commit, previous)
+        self._write(round, tail.a, b, "the commit could not be written", sync=False)
+
+    def save_record(self, round: int, record: Record) -> None:
+        """Write A and B as another member has them. The means may be put before or after, and then closed.
+
+        Raises :class:`ProtocolError` if it is of another round, or not of these chunks.
+        """
+        if record.commit.round != round or not self._fits(record.means, record.included):
+            raise ProtocolError(f"the record of round {round} is another's: fetch it from another member")
+        a = encode_item(self._contents(round, record.means, record.included))
+        b = encode_settled(a, record.commit, record.previous)
+        self._write(round, a, b, "the record could not be written", sync=True)
+
+    def rounds(self) -> list[int]:
+        """Those of which there is a file, ascending, whatever is in it."""
+        with translated(self.directory, "the means could not be listed"):
+            return list_rounds(self._files, self.directory, ENDING)
+
+    def stored(self, round: int) -> StoredMeans | None:
+        """What the file says; ``None`` if there is none, or no A in it that can be relied on."""
+        tail = self._read_tail(round)
+        if tail is None:
+            return None
+        commit, previous = (tail.settled.commit, tail.settled.previous) if tail.settled else (None, None)
+        return StoredMeans(_infos(tail.contents), commit, previous)
+
+    def record(self, round: int) -> Record | None:
+        """For a member that fetches it; ``None`` if the file does not tell of a commit."""
+        tail = self._read_tail(round)
+        if tail is None or tail.settled is None:
+            return None
+        means, runs = tail.contents.means, tail.contents.included
+        return Record(commit=tail.settled.commit, previous=tail.settled.previous, means=means, included=runs)
+
+    def read(self, round: int, chunk: int) -> Chunk:
+        """The mean of ``chunk`` that A tells of.
+
+        Raises :class:`DamagedError`, with the chunk if another payload is in its slot, without if there is no A.
+        """
+        path = self.path(round)
+        failure = f"the mean of chunk {chunk} could not be read"
+        with translated(path, failure), self._files.open(path, create=False) as file:
+            tail = self._tail_of(file, round)
+            if tail is None:
+                raise DamagedError(path, None, "it does not say what is in it")
+            info = _info(tail.contents, chunk)
+            payload = self._slot(file, chunk, info.digest)
+        if payload is None:
+            raise DamagedError(path, chunk, "it does not have its digest, or the disk cannot read it")
+        return Chunk(info, memoryview(payload))
+
+    def present(self, round: int, digests: bytes) -> set[int]:
+        """The chunks whose slots hold payloads with these ``digests``, 32 bytes each, in chunk order."""
+        wanted = [digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)]
+        if len(wanted) != len(self._sizes):
+            raise LocalError(f"{len(digests)} bytes of digests for {len(self._sizes)} chunks")
+        path = self.path(round)
+        with translated(path, "the means could not be read"):
+            try:
+                with self._files.open(path, create=False) as file:
+                    if not self._is_begun(file):
+                        return set()
+                    return {c for c, digest in enumerate(wanted) if self._slot(file, c, digest) is not None}
+            except FileNotFoundError:
+                return set()
+
+    def remove(self, round: int) -> None:
+        """Nothing if there is no file. After a loss of power it may be back."""
+        with translated(self.path(round), "the means could not be removed"):
+            self._files.remove(self.path(round))
+
+    def _open_to_write(self, round: int) -> File:
+        self._files.make_directory(self.directory)
+        file = self._files.open(self.path(round), create=True)
+        try:
+            with self._beginning:
+                if not self._is_begun(file):
+                    file.truncate(0)
+                    file.write_at(0, encode_means_header(self._header))
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _is_begun(self, file: File) -> bool:
+        """Whether it has the header of this run's means."""
+        try:
+            return read_means_header(file) == self._header
+        except OSError as error:
+            if error.errno != errno.EIO:  # what the disk has lost is fetched again
+                raise
+            return False
+
+    def _contents(self, round: int, means: bytes, runs: tuple[Included, ...]) -> Contents:
+        if not self._fits(means, runs):
+            raise LocalError(f"{len(means) // DIGEST_BYTES} infos for the means of {len(self._sizes)} chunks")
+        return Contents(format=FORMAT, run_id=self._run_id, round=round, slots=self._slots, means=means, included=runs)
+
+    def _fits(self, means: bytes, runs: Iterable[Included]) -> bool:
+        count = len(self._sizes)
+        return len(means) == count * DIGEST_BYTES and sum(run.chunks for run in runs) == count
+
+    def _write(self, round: int, a: bytes, b: bytes | None, failure: str, *, sync: bool) -> None:
+        """Make the items ``a`` and ``b``, leaving alone what is there; ``None``: the B of that A, if it is there.
+
+        Even if all is there it is synced: a crash, or a failure, may have come between the writing and the sync.
+        """
+        with translated(self.path(round), failure), self._open_to_write(round) as file:
+            before = self._tail_of(file, round)
+            same_a = before is not None and before.a == a
+            b_before = before.b if before is not None and same_a else b""
+            if not same_a:
+                self._overwrite(file, self._header.items_start, a + (b or b""))
+            elif b is not None and b != b_before:
+                self._overwrite(file, self._header.items_start + len(a), b)
+            if sync:
+                file.sync()
+                self._files.sync_directory(self.directory)
+
+    def _overwrite(self, file: File, start: int, data: bytes) -> None:
+        """Replace what is behind ``start``. If there is no room for it, what was there is put back."""
+        size = file.size()
+        before = file.read_at(start, size - start) if size > start else b""
+        try:
+            file.write_at(start, data)
+        except OSError:
+            with suppress(OSError):
+                file.write_at(start, before)  # it has its room already
+                file.truncate(size)
+            raise
+        file.truncate(start + len(data))
+
+    def _read_tail(self, round: int) -> Tail | None:
+        with translated(self.path(round), "the means could not be read"):
+            try:
+                with self._files.open(self.path(round), create=False) as file:
+                    return self._tail_of(file, round)
+            except FileNotFoundError:
+                return None
+
+    def _tail_of(self, file: File, round: int) -> Tail | None:
+        if read_means_header(file) != self._header:
+            return None
+        return read_tail(file, self._header, lambda a: self._understand(a, round))
+
+    def _understand(self, a: bytes, round: int) -> Contents | None:
+        decoded = self._decoded
+        contents = decoded[1] if decoded and decoded[0] == a else decode_contents(a)
+        if contents is None or contents.round != round or contents.slots != self._slots:
+            return None
+        self._decoded = a, contents
+        return contents
+
+    def _slot(self, file: File, chunk: int, digest: bytes) -> bytes | None:
+        try:
+            payload = file.read_at(self._starts[chunk], self._sizes[chunk])
+        except OSError as error:
+            if error.errno != errno.EIO:  # what the disk has lost is fetched again
+                raise
+            return None
+        return payload if len(payload) == self._sizes[chunk] and blake3(payload).digest() == digest else None
+
+
+def included(infos: Sequence[ChunkInfo]) -> tuple[Included, ...]:
+    """Who is in the means of these ``infos``, run by run."""
+    runs = groupby((info.contributors, info.total_weight) for info in infos)
+    return tuple(
+        Included(chunks=len(list(run)), contributors=contributors, total_weight=weight)
+        for (contributors, weight), run in runs
+    )
+
+
+def _infos(contents: Contents) -> tuple[ChunkInfo, ...]:
+    who = (run for run in contents.included for _ in range(run.chunks))
+    return tuple(_info_of(contents, chunk, run) for chunk, run in enumerate(who))
+
+
+def _info(contents: Contents, chunk: int) -> ChunkInfo:
+    ends = list(accumulate(run.chunks for run in contents.included))
+    return _info_of(contents, chunk, contents.included[bisect_right(ends, chunk)])
+
+
+def _info_of(contents: Contents, chunk: int, run: Included) -> ChunkInfo:
+    digest = contents.means[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
+    return ChunkInfo(digest=digest, contributors=run.contributors, total_weight=run.total_weight)

@@ -1,0 +1,162 @@
+"""Which member gives what of the ledger, and how much is asked of each at once.
+
+The rules:
+
+* Every member is asked what it has on disk (``AskLedger``), again and again while something is missing.
+* Each gives a few chunks at a time, and the next when one has come: so each gives as much as it can deliver.
+* Who says that a chunk is gone is not asked for it again before it has said anew what it has. Who is late or cannot be
+  reached is left alone for a while. Who sends what does not fit is not asked any more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prime_async.machines.vocabulary import CancelFetch, CancelFetches, Effect, Fetch, FetchFault
+from prime_async.messages import ChunkKey, Holdings, View
+
+LOOK_AHEAD = 64
+"""So many of the chunks that are wanted are looked at for one that a member with time has."""
+
+
+@dataclass(slots=True)
+class Providers:
+    """The members, and what they have."""
+
+    me: str
+    window: int
+    pause_s: float
+    members: tuple[str, ...] = ()
+    holdings: dict[str, Holdings] = field(default_factory=dict)
+    busy: dict[str, int] = field(default_factory=dict)  # gets under way
+    away_until: dict[str, float] = field(default_factory=dict)
+    gone: set[tuple[str, ChunkKey]] = field(default_factory=set)
+    liars: set[str] = field(default_factory=set)
+
+    def see(self, view: View) -> None:
+        self.members = tuple(m.id for m in view.members if m.id != self.me)
+        self.holdings = {id: h for id, h in self.holdings.items() if id in self.members}
+
+    def heard(self, peer: str, holdings: Holdings) -> None:
+        if peer in self.members:
+            self.holdings[peer] = holdings
+            self.gone = {item for item in self.gone if item[0] != peer}
+
+    def has(self, peer: str, key: ChunkKey) -> bool:
+        """Whether it has said so."""
+        holdings = self.holdings.get(peer)
+        if holdings is None or peer in self.liars or (peer, key) in self.gone:
+            return False
+        if key.kind in ("state", "manifest"):
+            return key.round in holdings.snapshots or key.round == holdings.round
+        return holdings.means_from <= key.round < holdings.round
+
+    def somebody_has(self, key: ChunkKey) -> bool:
+        return any(self.has(peer, key) for peer in self.members)
+
+    @property
+    def snapshots(self) -> list[int]:
+        """Rounds of which somebody has a snapshot, ascending. (What a member has in memory is gone a round later.)"""
+        trusted = [h for peer, h in self.holdings.items() if peer not in self.liars]
+        return sorted({round for h in trusted for round in h.snapshots})
+
+    def free(self, now: float) -> list[str]:
+        """Those that can be asked for something now, the least busy first."""
+        able = [p for p in self.members if p in self.holdings and p not in self.liars]
+        able = [p for p in able if self.away_until.get(p, now) <= now and self.busy.get(p, 0) < self.window]
+        return sorted(able, key=lambda p: self.busy.get(p, 0))
+
+    def blame(self, now: float, peer: str, key: ChunkKey, fault: FetchFault) -> None:
+        if fault == "gone":
+            self.gone.add((peer, key))
+        elif fault == "invalid":
+            self.liars.add(peer)
+        else:
+            self.away_until[peer] = now + self.pause_s
+
+
+@dataclass(slots=True)
+class Download:
+    """Gets of the ledger's chunks from whoever has them. ``wanted``: until it is where it belongs (``done``)."""
+
+    providers: Providers
+    timeout_s: float
+    waiting: deque[ChunkKey] = field(default_factory=deque)
+    under_way: dict[ChunkKey, str] = field(default_factory=dict)
+    wanted: set[ChunkKey] = field(default_factory=set)
+    bytes_come: int = 0
+
+    def want(self, keys: Iterable[ChunkKey], *, first: bool = False) -> None:
+        """Get these; ``first``: before all else."""
+        new = [k for k in keys if k not in self.wanted]
+        self.wanted.update(new)
+        if first:
+            self.waiting.extendleft(reversed(new))
+        else:
+            self.waiting.extend(new)
+
+    def pump(self, now: float, out: list[Effect]) -> None:
+        """Ask for as much as the windows allow."""
+        while self.waiting:
+            chosen = self._choose(now)
+            if chosen is None:
+                return
+            at, peer = chosen
+            key = self.waiting[at]
+            del self.waiting[at]
+            self.under_way[key] = peer
+            self.providers.busy[peer] = self.providers.busy.get(peer, 0) + 1
+            out.append(Fetch(peer=peer, key=key, timeout_s=self.timeout_s))
+
+    def _choose(self, now: float) -> tuple[int, str] | None:
+        free = self.providers.free(now)
+        if not free:
+            return None
+        for at in range(min(LOOK_AHEAD, len(self.waiting))):
+            peer = next((p for p in free if self.providers.has(p, self.waiting[at])), None)
+            if peer is not None:
+                return at, peer
+        return None
+
+    def came(self, peer: str, key: ChunkKey, size: int) -> bool:
+        """Whether it was asked for."""
+        if not self._ended(peer, key):
+            return False
+        self.bytes_come += size
+        return True
+
+    def done(self, key: ChunkKey) -> None:
+        """It is where it belongs."""
+        self.wanted.discard(key)
+
+    def failed(self, now: float, peer: str, key: ChunkKey, fault: FetchFault) -> None:
+        """It did not come, or had come and was found to be wrong: ask another."""
+        came = key in self.wanted and key not in self.under_way and key not in self.waiting
+        if self._ended(peer, key) or came:
+            self.providers.blame(now, peer, key, fault)
+            self.waiting.appendleft(key)
+
+    def _ended(self, peer: str, key: ChunkKey) -> bool:
+        if self.under_way.get(key) != peer:
+            return False
+        del self.under_way[key]
+        self.providers.busy[peer] -= 1
+        return True
+
+    def leave_the_gone(self, out: list[Effect]) -> None:
+        """Ask others for what was asked of who is not a member any more."""
+        for key, peer in [(k, p) for k, p in self.under_way.items() if p not in self.providers.members]:
+            out.append(CancelFetch(peer=peer, key=key))
+            self._ended(peer, key)
+            self.waiting.appendleft(key)
+
+    def give_up(self, out: list[Effect]) -> None:
+        """All of it."""
+        if self.under_way:
+            out.append(CancelFetches())
+        for key, peer in list(self.under_way.items()):
+            self._ended(peer, key)
+        self.waiting.clear()
+        self.wanted.clear()

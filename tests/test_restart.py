@@ -1,0 +1,159 @@
+"""Node processes that are killed and start again from their disks: what they come back with, and what they fetch."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from prime_async.cli.restore import restore
+from tests.node_processes import PACED_RUN, NodeProcess, assert_digests_are_equal, merged, node_processes
+
+LIMIT_S: Final = 40.0
+RUN: Final = merged(PACED_RUN, {"heartbeat_s": 0.5, "failure_timeout_s": 2.0})
+PARAMETERS: Final = 131_072
+MEAN_BYTES: Final = PARAMETERS * (1 + 4 / 256)
+KEPT: Final[dict[str, Any]] = {"snapshot_every": 3, "keep_snapshots": 2, "keep_rounds": 100}
+
+ALL_MEANS: Final[dict[str, Any]] = {"snapshot_every": 0, "keep_rounds": 1000}
+"""Rounds take half a second, and a start several: a snapshot would be cheaper than so many means."""
+
+
+def newest(node: NodeProcess) -> int:
+    """Outer steps in the newest state that it told of."""
+    return max((fact["round"] + 1 for fact in node.told("round_finished")), default=0)
+
+
+async def restored(node: NodeProcess) -> dict[str, Any]:
+    await node.until(lambda: node.told("ledger_restored") != [], LIMIT_S)
+    return node.told("ledger_restored")[0]
+
+
+async def test_a_node_that_was_killed_comes_back_from_its_disk_and_fetches_what_it_missed(tmp_path: Path) -> None:
+    """Given three nodes, when one is killed and starts again later, then it fetches the rounds between, and no more."""
+    async with node_processes(tmp_path, RUN) as nodes:
+        first, second, victim = [await nodes.start(name, **ALL_MEANS) for name in "abc"]
+        await victim.until(lambda: len(victim.told("round_finished")) >= 4, LIMIT_S)
+        await victim.kill()
+        had = newest(victim)
+        await first.until(lambda: first.told("member_lost", name="c") != [], LIMIT_S)
+        await first.rounds(3, LIMIT_S)
+        again = await nodes.start("c", **ALL_MEANS)
+        came_back = await restored(again)
+        assert had - 1 <= came_back["round"] <= had + 1
+        assert came_back["snapshot"] == 0
+        await again.until(lambda: again.told("caught_up") != [], LIMIT_S)
+        started, caught_up = again.told("catch_up_started")[0], again.told("caught_up")[0]
+        assert (started["round"], started["snapshot"]) == (came_back["round"], -1)
+        missed = caught_up["round"] - came_back["round"]
+        assert missed >= 2
+        assert MEAN_BYTES * missed <= caught_up["fetched_bytes"] <= MEAN_BYTES * missed + 4096 * missed
+        await again.rounds(2, LIMIT_S)
+        assert_digests_are_equal([first, second, again])
+
+
+async def test_a_run_whose_nodes_are_all_killed_goes_on_from_their_disks(tmp_path: Path) -> None:
+    """Given three nodes, when all are killed at once, then no committed round is lost, also the newest."""
+    ports = iter(unused_tcp_ports(6))
+    doors: dict[str, dict[str, Any]] = {n: {"port": next(ports), "bulk_port": next(ports)} for n in "abc"}
+    async with node_processes(tmp_path, RUN) as nodes:
+        before = [await nodes.start(name, **KEPT, **doors[name]) for name in "abc"]
+        for node in before:
+            await node.until(lambda node=node: len(node.told("round_finished")) >= 4, LIMIT_S)  # type: ignore[misc]
+        for node in before:
+            node.process.kill()
+        for node in before:
+            await node.process.wait()
+        committed = max(fact["round"] for node in before for fact in node.told("round_committed"))
+        digests = {f["round"]: f["state_digest"] for node in before for f in node.told("round_finished")}
+        after: list[NodeProcess] = []
+        async with trio.open_nursery() as nursery:
+
+            async def start(name: str) -> None:
+                after.append(await nodes.start(name, **KEPT, **doors[name]))
+
+            for name in "abc":
+                nursery.start_soon(start, name)
+        for node in after:
+            await node.rounds(2, LIMIT_S)
+            assert min(fact["round"] for fact in node.told("round_finished")) >= committed
+            for fact in node.told("round_finished"):
+                assert digests.get(fact["round"], fact["state_digest"]) == fact["state_digest"]
+        assert_digests_are_equal(after)
+
+
+async def test_damage_on_disk_is_found_and_mended_from_a_peer(tmp_path: Path) -> None:
+    """Given a node that was killed, when bits of its newest snapshot and means have flipped, then peers mend them."""
+    async with node_processes(tmp_path, RUN) as nodes:
+        first = await nodes.start("a", **KEPT)
+        victim = await nodes.start("b", **KEPT)
+        await victim.until(lambda: newest(victim) >= 8, LIMIT_S)
+        await victim.kill()
+        directory = victim.directory / "state"
+        snapshot = sorted((directory / "snapshots").glob("*.safetensors"))[-1]
+        flip(snapshot, snapshot.stat().st_size - 100)
+        for means in sorted((directory / "means").glob("*.means"))[-2:]:
+            flip(means, means.stat().st_size // 2)
+        again = await nodes.start("b", **KEPT)
+        await again.until(lambda: again.told("caught_up") != [], LIMIT_S)
+        await again.rounds(2, LIMIT_S)
+        assert_digests_are_equal([first, again])
+        assert "snapshot_damaged" in (again.directory / "node.log").read_text()
+
+
+async def test_a_run_goes_on_from_one_nodes_directory_with_another_number_of_nodes(tmp_path: Path) -> None:
+    """Given two nodes that have left, when a new one founds with a copy of one's ledger, then others join it."""
+    for home in ("old", "new"):
+        (tmp_path / home).mkdir()
+    async with node_processes(tmp_path / "old", RUN) as nodes:
+        old = [await nodes.start(name, **KEPT) for name in "ab"]
+        await old[0].until(lambda: newest(old[0]) >= 4, LIMIT_S)
+        for node in old:
+            await node.leave()
+        reached = newest(old[0])
+        digest = old[0].told("round_finished", round=reached - 1)[0]["state_digest"]
+    for kind in ("snapshots", "means"):
+        shutil.copytree(tmp_path / "old" / "a" / "state" / kind, tmp_path / "new" / "x" / "state" / kind)
+    async with node_processes(tmp_path / "new", RUN) as nodes:
+        new = [await nodes.start(name, **KEPT) for name in "xyz"]
+        assert (await restored(new[0]))["round"] == reached
+        for node in new:
+            await node.rounds(2, LIMIT_S)
+            assert min(fact["round"] for fact in node.told("round_finished")) >= reached
+        assert_digests_are_equal(new)
+        assert digest
+
+
+async def test_a_run_goes_on_from_a_remote_copy_after_its_only_disk_is_lost(tmp_path: Path) -> None:
+    """Given a node that copies its ledger, when its directory is lost, then a restored one founds the run anew."""
+    settings = {**KEPT, "remote": f"file://{tmp_path}/copy"}
+    async with node_processes(tmp_path, RUN) as nodes:
+        lost = await nodes.start("a", **settings)
+        await lost.until(lambda: lost.told("remote_copied") != [], LIMIT_S)
+        assert await lost.leave() == 0
+        reached = newest(lost)
+        shutil.rmtree(lost.directory / "state")
+        assert await trio.to_thread.run_sync(restore, lost.directory / "node.toml") == 0
+        again = await nodes.start("a", **settings)
+        assert (await restored(again))["round"] == reached
+        await again.rounds(2, LIMIT_S)
+        assert min(fact["round"] for fact in again.told("round_finished")) == reached
+
+
+def unused_tcp_ports(count: int) -> list[int]:
+    """Of this machine, now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)

@@ -1,0 +1,282 @@
+"""Whole runs in which somebody is behind, has another state, or has lost what was on its disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from prime_async.machines.checkpoint import Checkpoint
+from prime_async.machines.facts import CatchUpStarted, CaughtUp, Fact, LedgerTrouble, StateDiverged, StateMended
+from prime_async.messages import ChunkInfo, ChunkKey, Record
+from prime_async.testing import SimNode, SimulationSettings
+from prime_async.testing.host import digest_of
+from prime_async.testing.schedules import Chaos
+from tests.simulation_harness import STEADY, newest_round, reach, steady
+
+F = TypeVar("F", bound=Fact)
+
+SOON_S = 40.0
+"""Some rounds of 2 to 3 s, and the failure timeout, and then some."""
+
+KEEPS = replace(STEADY, snapshot_every=4, keep_snapshots=2, keep_rounds=6)
+ALL_MEANS = replace(STEADY, snapshot_every=1000, keep_rounds=1000)
+
+
+def facts_of(node: SimNode, kind: type[F]) -> list[F]:
+    return [fact for fact in node.facts if isinstance(fact, kind)]
+
+
+def agree(chaos: Chaos, limit_s: float = SOON_S) -> None:
+    """Everybody goes on, and at some time all have the same state."""
+    reach(chaos, newest_round(chaos) + 2, limit_s)
+    chaos.simulation.run_until(lambda: len({n.state for n in chaos.simulation.running}) == 1, limit_s)
+
+
+# --- who is behind --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 5])
+@pytest.mark.parametrize("missed", [1, 2, 8])
+def test_who_was_away_for_some_rounds_fetches_their_means_and_nothing_else(nodes: int, missed: int) -> None:
+    chaos = steady(nodes, settings=ALL_MEANS)
+    away = f"n{nodes - 1}"
+    chaos.simulation.crash(away)
+    reach(chaos, newest_round(chaos) + missed, 20.0 * (missed + 1))
+    was_at = chaos.simulation.nodes[away].state[0]
+    node = chaos.simulation.start(away)
+    chaos.simulation.run_until(lambda: bool(facts_of(node, CaughtUp)), SOON_S)
+    caught_up = facts_of(node, CaughtUp)[0]
+    started = facts_of(node, CatchUpStarted)[0]
+    assert started.snapshot == -1
+    assert was_at - 1 <= started.round <= was_at
+    assert caught_up.round >= started.run_round
+    per_round = (ALL_MEANS.chunk_count + 1) * ALL_MEANS.chunk_bytes  # its record, too
+    assert 0 < caught_up.fetched_bytes <= (caught_up.round - started.round) * per_round
+    agree(chaos)
+
+
+def test_a_run_of_one_comes_back_to_where_it_was_without_anybody() -> None:
+    chaos = steady(1)
+    at = chaos.simulation.nodes["n0"].state
+    chaos.simulation.crash("n0")
+    node = chaos.simulation.start("n0")
+    assert node.state[0] >= at[0] - 1
+    agree(chaos)
+    assert not facts_of(node, CatchUpStarted)
+
+
+def test_who_joins_late_gets_a_snapshot_if_that_is_less_and_the_means_since() -> None:
+    chaos = steady(3, settings=KEEPS)
+    reach(chaos, 21, 100)
+    node = chaos.simulation.start("n3")
+    agree(chaos)
+    started = facts_of(node, CatchUpStarted)[0]
+    assert started.snapshot >= 16
+    assert node.disk.snapshots
+    assert min(node.disk.means) >= started.snapshot
+
+
+@pytest.mark.parametrize("settings", [KEEPS, ALL_MEANS], ids=["snapshot", "means"])
+@pytest.mark.parametrize("nodes", [3, 4, 5])
+def test_providers_that_die_meanwhile_are_replaced_by_others(nodes: int, settings: SimulationSettings) -> None:
+    """One, at every hundredth event of the catching up."""
+    chaos = steady(nodes, settings=settings)
+    reach(chaos, 13, 80)
+    joiner = chaos.simulation.start(f"n{nodes}")
+    start, event = chaos.snapshot(), 0
+    done = False
+    while not done:
+        chaos = Chaos.restored(start)
+        joiner = chaos.simulation.nodes[f"n{nodes}"]
+        for _ in range(event):
+            chaos.simulation.step()
+        done = bool(facts_of(joiner, CaughtUp))
+        chaos.simulation.crash(f"n{1 + event // 100 % (nodes - 1)}")
+        agree(chaos, 60.0)
+        event += 100
+
+
+def test_who_crashes_while_it_catches_up_goes_on_with_what_came() -> None:
+    chaos = steady(3, settings=replace(ALL_MEANS, latency_s=(0.1, 0.3)))
+    reach(chaos, 13, 120)
+    node = chaos.simulation.start("n3")
+    chaos.simulation.run_until(lambda: sum(m.commit is not None for m in node.disk.means.values()) >= 6, SOON_S)
+    chaos.simulation.crash("n3")
+    there = {r for r, m in node.disk.means.items() if m.commit is not None}
+    again = chaos.simulation.start("n3")
+    assert again.state[0] == max(there) + 1, "it begins with what came"
+    asked: list[ChunkKey] = []
+    chaos.simulation.store.lies = lambda _server, key, info: (asked.append(key), info)[1]  # type: ignore[func-returns-value]
+    agree(chaos, 60.0)
+    assert not [k for k in asked if k.kind == "mean" and k.round in there and (k.epoch, k.attempt) == (0, 0)]
+
+
+def test_when_all_crash_right_after_a_commit_its_means_are_on_their_disks() -> None:
+    chaos = steady(4)
+    for _ in range(3):
+        known = set(chaos.properties.rounds.commits)
+        chaos.simulation.run_until(lambda: set(chaos.properties.rounds.commits) != known, SOON_S)  # noqa: B023
+        committed = max(chaos.properties.rounds.commits)
+        for name in chaos.simulation.nodes:
+            chaos.simulation.crash(name)
+        for name in list(chaos.simulation.nodes):
+            chaos.simulation.start(name)
+        reach(chaos, committed + 2, SOON_S)
+
+
+# --- another state --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", ["n0", "n1"])
+@pytest.mark.parametrize("nodes", [3, 4, 5])
+def test_a_state_that_silently_goes_wrong_is_found_and_mended(nodes: int, victim: str) -> None:
+    """The leader's, or another member's."""
+    chaos = steady(nodes)
+    right = {r: c.state for r, c in chaos.properties.rounds.commits.items()}
+    chaos.simulation.corrupt(victim)
+    wrong = chaos.simulation.nodes[victim].state[1]
+    agree(chaos)
+    node = chaos.simulation.nodes[victim]
+    commits = chaos.properties.rounds.commits
+    assert wrong not in {c.state for c in commits.values()}
+    assert {r: c.state for r, c in commits.items() if r in right} == right
+    assert [f for n in chaos.simulation.nodes.values() for f in facts_of(n, StateDiverged)]
+    assert [f for f in node.facts if isinstance(f, StateMended | CaughtUp)]
+
+
+@pytest.mark.parametrize("victim", ["n0", "n1"])
+def test_of_two_that_differ_the_leaders_state_counts_and_the_run_goes_on(victim: str) -> None:
+    chaos = steady(2)
+    chaos.simulation.corrupt(victim)
+    agree(chaos)
+
+
+def test_a_node_alone_does_not_notice_and_goes_on() -> None:
+    chaos = steady(1)
+    chaos.simulation.corrupt("n0")
+    agree(chaos)
+
+
+def test_a_state_that_goes_wrong_while_the_leader_dies_is_mended_all_the_same() -> None:
+    chaos = steady(4)
+    chaos.simulation.corrupt("n2")
+    chaos.simulation.run_for(0.5)
+    chaos.simulation.crash("n0")
+    agree(chaos, 60.0)
+
+
+def test_a_wrong_state_that_is_on_disk_too_is_mended_after_a_restart() -> None:
+    chaos = steady(3, settings=replace(STEADY, snapshot_every=1))
+    chaos.simulation.corrupt("n2")
+    node = chaos.simulation.nodes["n2"]
+    at = node.state[0]
+    chaos.simulation.run_until(lambda: at + 1 in node.disk.snapshots, SOON_S)
+    chaos.simulation.crash("n2")
+    chaos.simulation.start("n2")
+    agree(chaos)
+
+
+# --- a disk that loses something ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+@pytest.mark.parametrize("settings", [KEEPS, ALL_MEANS], ids=["snapshots", "means"])
+def test_what_is_damaged_on_one_disk_stops_nobody(nodes: int, settings: SimulationSettings) -> None:
+    chaos = steady(nodes, settings=settings)
+    reach(chaos, 10, 60)
+    name = f"n{nodes - 1}"
+    for _ in range(3):
+        chaos.simulation.damage(name)
+    if nodes > 1:  # alone it has lost what it had, which the next test is about
+        chaos.simulation.crash(name)
+        chaos.simulation.start(name)
+    chaos.simulation.start("joiner", contacts=["n0"])
+    agree(chaos, 60.0)
+
+
+def test_a_node_alone_whose_ledger_is_damaged_writes_a_snapshot_as_soon_as_it_knows() -> None:
+    chaos = steady(1, settings=ALL_MEANS)
+    node = chaos.simulation.nodes["n0"]
+    node.disk.means[1].damaged.add(0)
+    assert not node.disk.snapshots
+    joiner = chaos.simulation.start("n1")
+    agree(chaos)
+    assert node.disk.snapshots
+    assert [f.snapshot for f in facts_of(joiner, CatchUpStarted)][-1] > 1
+
+
+def test_damage_that_is_found_while_a_node_catches_up_is_mended_from_others() -> None:
+    chaos = steady(3, settings=ALL_MEANS)
+    chaos.simulation.crash("n2")
+    reach(chaos, newest_round(chaos) + 5, 60)
+    node = chaos.simulation.start("n2")
+    chaos.simulation.run_until(lambda: any(m.wanted and not m.missing for m in node.disk.means.values()), SOON_S)
+    round = max(r for r, m in node.disk.means.items() if m.wanted and not m.missing)
+    node.disk.means[round].damaged.add(0)
+    agree(chaos)
+    assert [f.round for f in facts_of(node, LedgerTrouble)] in ([round], [])
+
+
+# --- liars ----------------------------------------------------------------------------------------------------------
+
+
+def false_record(chaos: Chaos, info: ChunkInfo) -> ChunkInfo:
+    """A record of the same round that proves itself, and not with the chain."""
+    contents = chaos.simulation.ledger.contents
+    record = contents[info.digest]
+    assert isinstance(record, Record)
+    commit = msgspec.structs.replace(record.commit, state=digest_of("false", record.commit.state))
+    lie = msgspec.structs.replace(record, commit=commit)
+    made = ChunkInfo(digest=digest_of("content", lie))
+    contents[made.digest] = lie
+    return made
+
+
+def false_manifest(chaos: Chaos, info: ChunkInfo) -> ChunkInfo:
+    contents = chaos.simulation.ledger.contents
+    state = contents[info.digest]
+    assert isinstance(state, tuple)
+    lie = digest_of("false", state[0]), state[1]
+    made = ChunkInfo(digest=digest_of("content", lie))
+    contents[made.digest] = lie
+    return made
+
+
+def false_bytes(_chaos: Chaos, info: ChunkInfo) -> ChunkInfo:
+    return msgspec.structs.replace(info, digest=digest_of("false", info.digest))
+
+
+LIES: list[tuple[str, Callable[[Chaos, ChunkInfo], ChunkInfo], SimulationSettings]] = [
+    ("record", false_record, ALL_MEANS),
+    ("mean", false_bytes, ALL_MEANS),
+    ("manifest", false_manifest, KEEPS),
+    ("state", false_bytes, KEEPS),
+]
+
+
+@pytest.mark.parametrize(("kind", "false", "settings"), LIES)
+def test_what_a_liar_gives_is_asked_of_the_others(
+    kind: str, false: Callable[[Chaos, ChunkInfo], ChunkInfo], settings: SimulationSettings
+) -> None:
+    chaos = steady(4, settings=settings)
+    reach(chaos, 13, 80)
+    liars: list[str] = []
+
+    def lies(server: SimNode, key: ChunkKey, info: ChunkInfo) -> ChunkInfo:
+        """Whoever is asked first gives something else from then on. (Means of newer rounds the exchange asks for.)"""
+        if key.kind != kind or (kind == "mean" and key.round > 11) or liars not in ([], [server.id]):
+            return info
+        liars[:] = [server.id]
+        return false(chaos, info)
+
+    chaos.simulation.store.lies = lies
+    joiner = chaos.simulation.start("n4")
+    chaos.simulation.run_until(lambda: bool(facts_of(joiner, CaughtUp)), SOON_S)
+    checkpoint = joiner.machines["checkpoint"]
+    assert isinstance(checkpoint, Checkpoint)
+    assert checkpoint.providers.liars == set(liars) != set()
+    agree(chaos)
