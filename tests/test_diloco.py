@@ -30,7 +30,7 @@ from prime_async.errors import ConfigError, LocalError, NonFiniteError, Protocol
 from prime_async.ledger import Ledger
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.codec import CodecName, Int8Codec, make_codec
-from prime_async.work.corpus import open_shakespeare
+from prime_async.work.corpus import Corpus, open_shakespeare
 from prime_async.work.device import Device
 from prime_async.work.diloco import DilocoWorkload, build_workload, open_diloco
 from prime_async.work.inner import InnerTrainer, list_spans
@@ -423,6 +423,41 @@ def test_state_comes_back_from_disk_bit_for_bit_and_the_inner_optimiser_with_it(
     tensors = load_file(tmp_path / "snapshots" / f"{1:012d}.safetensors")
     parameters = {span.name for span in node.trainer.spans}
     assert set(tensors) == parameters | {f"momentum.{name}" for name in parameters}
+
+
+class Noted:
+    """A corpus that notes which blocks are read: stream and number."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.read: list[tuple[int, int]] = []
+        self._corpus = corpus
+        self.vocab_size = corpus.vocab_size
+        self.heldout, self.encode, self.decode = corpus.heldout, corpus.encode, corpus.decode
+
+    def batch(self, stream: int, step: int, batch_size: int, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.read.append((stream, step))
+        return self._corpus.batch(stream, step, batch_size, sequence_length)
+
+
+def test_no_block_counts_twice_over_starts_though_one_that_was_not_counted_may_be_read_again(tmp_path: Path) -> None:
+    """A start in the middle of each round: what it had read of that round is in no mean."""
+    run = run_spec()
+    counted: list[tuple[int, int]] = []
+    steps = run.round.inner_steps
+    for _ in range(4):
+        node = tiny_workload(run, 3)
+        noted = Noted(node.trainer.corpus)  # type: ignore[attr-defined]
+        node.trainer.corpus = noted  # type: ignore[attr-defined]
+        kept(tmp_path, node).restore()
+        node.train(steps, ignore)
+        exchange([node])
+        counted += noted.read
+        job = kept(tmp_path, node).begin_snapshot(None)
+        for chunk in range(node.chunk_count):
+            job.before_change(chunk)
+        job.finish()
+        node.train(1, ignore)  # of the next round, and then it is killed
+    assert len(set(counted)) == len(counted) == 4 * steps
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "other"])

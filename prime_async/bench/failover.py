@@ -190,7 +190,11 @@ class _Cluster:
     def _config(self, home: Path, contact: Child | None) -> Config:
         return config_from(
             {
-                "run": {**RUN, "failure_timeout_s": self.bench.failure_timeout_s},
+                "run": {
+                    **RUN,
+                    "failure_timeout_s": self.bench.failure_timeout_s,
+                    "min_members": self.bench.nodes,  # a round that is planned goes on with fewer; the next one waits
+                },
                 "node": {
                     "name": home.name,
                     "key": str(home / "node.key"),

@@ -1,0 +1,115 @@
+"""How fast a node joins over links of given rates: ``python -m tests.netlab_join``, a JSON line. Needs root.
+
+Three providers with an uplink each, a joiner with a downlink; the model's inner steps sleep, so that the CPUs are free.
+The providers keep no means but the last, so the joiner fetches a snapshot, 8 bytes per parameter. The rate is what came
+divided by the time from the joiner's first question to the state of the run, reading and hashing included.
+
+With ``--missed``, a member is cut off for so many rounds instead, and what it fetches afterwards is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from tests.netlab import Lab, Links
+from tests.node_processes import PACE_S, merged, node_processes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prime_async.config.schema import RunSpec
+
+WIDTH = 16_384
+ROUND_S = 30.0
+RUN: dict[str, Any] = {
+    "name": "join",
+    "model": "tests.netlab_join:wide_model",
+    "sequence_length": 8,
+    "inner": {"batch_size": 1, "warmup_steps": 2},
+    "exchange": {"chunk_elements": 1 << 18},
+}
+
+
+def wide_model(run: RunSpec, vocab_size: int) -> nn.Module:
+    """8.4 million parameters for the 256 byte tokens, whose inner steps sleep for ``PACE_S``."""
+    import torch
+
+    torch.manual_seed(run.seed)
+    model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, WIDTH), torch.nn.Linear(WIDTH, vocab_size, bias=False))
+    model.register_forward_pre_hook(lambda module, _: time.sleep(PACE_S) if module.training else None)
+    return model
+
+
+async def measure_join(up_mbit: float, down_mbit: float, rtt_ms: float) -> dict[str, Any]:
+    links = Links(hosts=4, rate_mbit=up_mbit, delay_ms=rtt_ms / 2)
+    run = merged(RUN, {"round": {"seconds": ROUND_S, "inner_steps": 0}, "inner": {"schedule": "constant"}})
+    kept: dict[str, Any] = {"snapshot_every": 1, "keep_snapshots": 1, "keep_rounds": 0}
+    with tempfile.TemporaryDirectory() as directory, Lab(links) as lab:
+        lab.set_rate(3, down_mbit, down_mbit)
+        async with node_processes(Path(directory), run, lab) as nodes:
+            first = await nodes.start("a", 0, **kept)
+            others = [await nodes.start(name, host, **kept) for host, name in ((1, "b"), (2, "c"))]
+            for node in (first, *others):
+                await node.until(lambda node=node: len(node.told("snapshot_written")) >= 2)  # type: ignore[misc]
+            before = lab.bytes_sent()
+            joiner = await nodes.start("d", 3, **kept)
+            await joiner.until(lambda: joiner.told("caught_up") != [])
+            after = lab.bytes_sent()
+            came = {source: after[source, 3] - before.get((source, 3), 0) for source in range(3)}
+            started, done = joiner.told("catch_up_started")[-1], joiner.told("caught_up")[0]
+    rate = done["fetched_bytes"] * 8 / done["seconds"] / 1e6
+    limit = min(3 * up_mbit, down_mbit)
+    return {
+        "up_mbit": up_mbit,
+        "down_mbit": down_mbit,
+        "rtt_ms": rtt_ms,
+        "snapshot": started["snapshot"],
+        "fetched_bytes": done["fetched_bytes"],
+        "seconds": done["seconds"],
+        "rate_mbit": round(rate, 1),
+        "share_of_the_links": round(rate / limit, 3),
+        "bytes_by_provider": came,
+    }
+
+
+async def measure_missed(missed: int) -> dict[str, Any]:
+    links = Links(hosts=3, rate_mbit=100.0, delay_ms=10.0)
+    run = merged(RUN, {"round": {"inner_steps": 20}, "failure_timeout_s": 2.5, "heartbeat_s": 0.5})
+    kept: dict[str, Any] = {"snapshot_every": 0, "keep_rounds": 1000}
+    with tempfile.TemporaryDirectory() as directory, Lab(links) as lab:
+        async with node_processes(Path(directory), run, lab) as nodes:
+            first, second, late = [await nodes.start(name, host, **kept) for host, name in enumerate("abc")]
+            await late.rounds(2)
+            lab.cut(2)
+            await first.until(lambda: first.told("member_lost") != [])
+            for node in (first, second):
+                await node.rounds(missed)
+            lab.heal()
+            await late.until(lambda: late.told("caught_up") != [] and late.told("member_lost") == [])
+            started, done = late.told("catch_up_started")[-1], late.told("caught_up")[-1]
+    rounds = done["round"] - started["round"]
+    return {"rounds": rounds, "fetched_bytes": done["fetched_bytes"], "seconds": done["seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--up", type=float, default=40.0, help="Mbit/s of each provider")
+    parser.add_argument("--down", type=float, default=100.0, help="Mbit/s of the joiner")
+    parser.add_argument("--rtt", type=float, default=20.0, help="ms")
+    parser.add_argument("--missed", type=int, nargs="*", help="rounds that a member is cut off for")
+    args = parser.parse_args()
+    if args.missed is None:
+        print(json.dumps(trio.run(measure_join, args.up, args.down, args.rtt)), flush=True)
+    for missed in args.missed or ():
+        print(json.dumps(trio.run(measure_missed, missed)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
