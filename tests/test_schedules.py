@@ -31,6 +31,7 @@ FOUND_BY_CHANCE = {
     2017: "a leader that left handed over to members without a vote",
     2874: "a leader that left was gone before it had left out a member that had died just then",
     2956: "who was behind got a snapshot of each round, and none before it was gone",
+    8818: "a leader that had missed the newest commit told nobody, itself included, what that leads to",
     3672: "the only voter that stayed could not be dialled",
 }
 

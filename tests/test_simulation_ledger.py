@@ -169,15 +169,29 @@ def test_a_state_that_goes_wrong_while_the_leader_dies_is_mended_all_the_same() 
     agree(chaos, 60.0)
 
 
-def test_a_wrong_state_that_is_on_disk_too_is_mended_after_a_restart() -> None:
-    chaos = steady(3, settings=replace(STEADY, snapshot_every=1))
-    chaos.simulation.corrupt("n2")
-    node = chaos.simulation.nodes["n2"]
+@pytest.mark.parametrize("victim", ["n0", "n1"])
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_wrong_state_that_is_on_disk_too_is_mended_after_a_restart(nodes: int, victim: str) -> None:
+    chaos = steady(nodes, settings=replace(STEADY, snapshot_every=1))
+    chaos.simulation.corrupt(victim)
+    node = chaos.simulation.nodes[victim]
     at = node.state[0]
     chaos.simulation.run_until(lambda: at + 1 in node.disk.snapshots, SOON_S)
-    chaos.simulation.crash("n2")
-    chaos.simulation.start("n2")
+    chaos.simulation.crash(victim)
+    chaos.simulation.start(victim)
     agree(chaos)
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_leader_that_starts_again_behind_and_wrong_learns_from_the_others_where_the_run_is(nodes: int) -> None:
+    """Defect: it asked itself for the state that the newest commit leads to, and waited for ever."""
+    for later_s in (0.0, 1.0, 2.0, 4.0):
+        chaos = steady(nodes, settings=ALL_MEANS)
+        chaos.simulation.corrupt("n0")
+        chaos.simulation.run_for(8.0 + later_s)
+        chaos.simulation.crash("n0")
+        chaos.simulation.start("n0")
+        agree(chaos, 60.0)
 
 
 # --- a disk that loses something ------------------------------------------------------------------------------------

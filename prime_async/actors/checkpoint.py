@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 import trio
+from blake3 import blake3
 
 from prime_async.actors.fetcher import Fetcher
 from prime_async.actors.ledger import LedgerKeeper
@@ -209,7 +210,9 @@ class CheckpointActor:
         infos = ledger.infos(round)
         digests = b"".join(i.digest for i in infos or ())
         present = await self._tensors.run(ledger.means.present, round, digests) if infos else set()
-        if len(present) < self._count:  # a loss of power may have left what was closed, and not all that was in it
+        if (
+            len(present) < self._count or blake3(digests).digest() != effect.commit.digest
+        ):  # a loss of power may have left what was closed, and not all that was in it
             raise StorageError(f"{ledger.means.path(round)}: means are damaged that were safe")
         await self._tensors.run(ledger.commit_means, round, effect.commit, effect.previous)
         self._stored(effect.commit)

@@ -353,11 +353,13 @@ class Checkpoint:
         """Whether the means of the newest commit are on our disk since before we knew that they are."""
         own, commit, disk = self.own, self._commit, self.disk
         assert own is not None
-        if commit is None or self.stranger or self.torn or own.round != commit.round or disk.pending != commit.round:
+        if commit is None or self.stranger or self.torn or own.round != commit.round:
             return False
         if commit.round in self.catch_up.stored:
             return False
-        fits = (own.digest, disk.pending_digest) == (commit.state, commit.digest)
+        # Committed ones can be there without being applied: the exchange had them while training was not begun.
+        pending = (disk.pending, disk.pending_digest) == (commit.round, commit.digest)
+        fits = own.digest == commit.state and (pending or commit.round in disk.means)
         if not fits or next_chain(own.chain, commit.state, commit.digest) != commit.chain:
             return False
         if self.adopting != commit.round:
@@ -561,7 +563,8 @@ class Checkpoint:
             self.writing = -1
             return
         if failed.round == self.adopting:
-            self.adopting, self.disk = -1, replace(self.disk, pending=-1)
+            means = tuple(r for r in self.disk.means if r != failed.round)
+            self.adopting, self.disk = -1, replace(self.disk, pending=-1, means=means)
             return
         what, self.busy = self.busy, "" if self.busy in ("loading", "advancing") else self.busy
         if what == "loading":

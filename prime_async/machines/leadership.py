@@ -22,6 +22,7 @@ See :mod:`prime_async.machines.membership` for the rules of the other members.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -180,8 +181,15 @@ class Leadership:
 
     @property
     def run_state(self) -> tuple[int, bytes]:
-        """Our outer state, by round and digest; but if most voters have another at that round, theirs."""
+        """Our outer state, by round and digest; but if most voters have another at that round, theirs.
+
+        If we have missed the newest commit: that which it leads to, as most members have it.
+        """
         round, ours = self.states.round, self.states.digest
+        goal = self.view.commit.round + 1 if self.view.commit else 0
+        ahead = Counter(p.digests[goal] for p in self.peers.values() if goal in p.digests and not p.gone)
+        if round < goal and ahead:
+            return goal, max(sorted(ahead), key=lambda digest: ahead[digest])
         reported = {p.digests[round] for p in self.peers.values() if round in p.digests}
         digest = next((d for d in sorted(reported - {ours}) if self._most_have(round, d)), ours)
         return round, digest

@@ -206,7 +206,7 @@ class Chaos:
                 return f"no quorum of view {proposed.number}, which may be decided"
         voters = self._voters_here(view)
         stay = [name for name in voters if name not in self.leaving]
-        if all(name in nat for name in stay or voters):
+        if all(name in nat for name in stay or [n.id for n in nodes]):
             return "no voter can be dialled"
         for commit in dict.fromkeys(v.commit for v in (view, *accepted) if v.commit is not None):
             if not self._can_follow(commit):
