@@ -280,6 +280,34 @@ def test_who_differs_from_a_quorum_is_cast_out_when_the_quorum_has_said_what_it_
     assert (peer, refusal.reason) == ("n3", "diverged")
 
 
+def test_when_no_state_can_have_a_majority_any_more_the_leaders_counts() -> None:
+    """Defect: three members had three different states, and nobody was told that its own was the wrong one."""
+    leader = leading("n1", "n2")
+    assert not sent(hears(leader, 1.1, "n1", beat(epoch=2, view=6, digest=D1)), Refuse), "n2 may have the same"
+    [(peer, refusal)] = sent(hears(leader, 1.2, "n2", beat(epoch=2, view=6, digest=D2)), Refuse)
+    assert (peer, refusal.reason) == ("n2", "diverged")
+
+
+def test_when_no_state_can_have_a_majority_any_more_that_of_the_largest_number_counts() -> None:
+    leader = leading("n1", "n2", "n3")
+    hears(leader, 1.1, "n1", beat(epoch=2, view=6, digest=D1))
+    hears(leader, 1.2, "n2", beat(epoch=2, view=6, digest=D2))
+    effects = hears(leader, 1.3, "n3", beat(epoch=2, view=6, digest=D2))
+    assert runs_at(effects) == [RunAt(round=0, digest=D2)]
+    assert not sent(effects, Refuse)
+
+
+def test_a_member_that_is_not_active_is_told_again_if_its_state_is_another() -> None:
+    """Defect: it had come to it by means that were right, the leader's was wrong, and the run waited for ever."""
+    leader = leader_with("n1")
+    [(peer, told)] = sent(hears(leader, 1.0, "n1", beat(digest=BAD)), Welcome)
+    assert (peer, told.round, told.state_digest) == ("n1", 0, D0)
+    assert not sent(hears(leader, 1.5, "n1", beat(digest=BAD)), Welcome), "not with every heartbeat that it causes"
+    assert sent(hears(leader, 2.1, "n1", beat(digest=BAD)), Welcome)
+    assert not sent(hears(leader, 4.0, "n1", beat()), Welcome)
+    assert not sent(hears(leader, 6.0, "n1", beat(round=7, digest=BAD)), Welcome)
+
+
 def test_who_asks_again_about_the_state_is_told_by_the_leader() -> None:
     assert [p for p, _ in sent(give(joined(), 1.0, AskAgain()), Hello)] == ["n0"]
     assert runs_at(give(founder(), 1.0, AskAgain())) == [RunAt(round=0, digest=D0)]

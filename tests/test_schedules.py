@@ -32,6 +32,9 @@ FOUND_BY_CHANCE = {
     2874: "a leader that left was gone before it had left out a member that had died just then",
     2956: "who was behind got a snapshot of each round, and none before it was gone",
     8818: "a leader that had missed the newest commit told nobody, itself included, what that leads to",
+    12901: "who joined was right where the leader was wrong, and neither was told",
+    15004: "the only snapshot was of the newest state, which nobody had asked the leader about",
+    15235: "three members had three different states",
     3672: "the only voter that stayed could not be dialled",
 }
 

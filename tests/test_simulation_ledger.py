@@ -104,9 +104,11 @@ def test_who_crashes_while_it_catches_up_goes_on_with_what_came() -> None:
     chaos = steady(3, settings=replace(ALL_MEANS, latency_s=(0.1, 0.3)))
     reach(chaos, 13, 120)
     node = chaos.simulation.start("n3")
-    chaos.simulation.run_until(lambda: sum(m.commit is not None for m in node.disk.means.values()) >= 6, SOON_S)
+    six = set(range(6))
+    chaos.simulation.run_until(lambda: six <= {r for r, m in node.disk.means.items() if m.commit is not None}, SOON_S)
     chaos.simulation.crash("n3")
-    there = {r for r, m in node.disk.means.items() if m.commit is not None}
+    came = {r for r, m in node.disk.means.items() if m.commit is not None}
+    there = set(range(min(set(range(99)) - came)))
     again = chaos.simulation.start("n3")
     assert again.state[0] == max(there) + 1, "it begins with what came"
     asked: list[ChunkKey] = []
@@ -153,6 +155,33 @@ def test_of_two_that_differ_the_leaders_state_counts_and_the_run_goes_on(victim:
     chaos = steady(2)
     chaos.simulation.corrupt(victim)
     agree(chaos)
+
+
+@pytest.mark.parametrize(("nodes", "wrong"), [(3, 2), (3, 3), (4, 2), (4, 3), (4, 4), (5, 3), (5, 5)])
+@pytest.mark.parametrize("leader_too", [True, False])
+def test_when_no_state_has_a_majority_one_of_them_counts_and_the_run_goes_on(
+    nodes: int, wrong: int, leader_too: bool
+) -> None:
+    """Defect: with three different states nobody was told that its own is wrong, and nothing could be committed."""
+    chaos = steady(nodes)
+    names = list(chaos.simulation.nodes)
+    for name in names[:wrong] if leader_too else names[nodes - wrong :]:
+        chaos.simulation.corrupt(name)
+        chaos.simulation.run_for(0.01)
+    agree(chaos)
+
+
+def test_a_snapshot_of_the_newest_state_helps_who_joins_while_the_run_waits_for_it() -> None:
+    """Defect: what the newest commit leads to was not asked for by who has another base to begin with, or none."""
+    for crashes_s in (1.0, 2.0, 2.5):
+        for joins_s in (8.5, 9.0, 9.5, 9.9, 10.5):
+            chaos = steady(2, settings=replace(ALL_MEANS, min_members=2))
+            chaos.simulation.nodes["n0"].disk.means[0].damaged.add(0)
+            chaos.simulation.run_for(crashes_s)
+            chaos.simulation.crash("n1")
+            chaos.simulation.run_for(joins_s)
+            chaos.simulation.start("n2")
+            agree(chaos)
 
 
 def test_a_node_alone_does_not_notice_and_goes_on() -> None:

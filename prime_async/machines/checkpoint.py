@@ -303,7 +303,7 @@ class Checkpoint:
         self.asked_at = now
         self.asked_in_vain = 0 if self.base is not None or self.repair is not None else self.asked_in_vain + 1
         out += [Send(peer=peer, message=AskLedger()) for peer in self.providers.members]
-        if self.own is not None and self.own.round == self._goal:
+        if self.own is not None and (self.own.round == self._goal or self.base is None):
             out.append(Tell(actor="membership", event=AskAgain()))
         if self.asked_in_vain == NOWHERE_AFTER:
             advice = (

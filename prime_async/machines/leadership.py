@@ -12,7 +12,9 @@ The rules:
   quorum, this node does not lead any more: it is the one that is cut off.
 * The first view of an epoch has the members that promised it, in their order, and no others.
 * A member whose outer state is another than that of a quorum, this node's among them, is told to fetch it, and comes
-  back as a joiner. If most have another than this node, it is this node's that is wrong: checkpoint mends it.
+  back as a joiner. If most have another than this node, it is this node's that is wrong: checkpoint mends it. If all
+  have said theirs and none has a majority, that of the largest number counts; of equal ones, this node's. A member
+  that is not active yet is told again which state counts.
 * A leader that leaves proposes a view without itself and says goodbye when it is decided, so that another is elected at
   once. It gives others that leave at the same time a moment to go first, and hands over when it has heard from most of
   those that vote, so that it does not leave the run to the dead.
@@ -22,6 +24,7 @@ See :mod:`prime_async.machines.membership` for the rules of the other members.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -102,6 +105,7 @@ class Peer:
     began: int = -1  # the round at whose start it became active, as far as this leader knows
     incarnations: tuple[int, ...] = ()  # those that it can prove, from its promise
     gone: bool = False
+    told_at: float = -math.inf  # when it was told that its outer state is another
     silent_s: float = 0.0  # how long it had been silent when it was given up; 0: it said goodbye
 
     @property
@@ -190,21 +194,30 @@ class Leadership:
         ahead = Counter(p.digests[goal] for p in self.peers.values() if goal in p.digests and not p.gone)
         if round < goal and ahead:
             return goal, max(sorted(ahead), key=lambda digest: ahead[digest])
-        reported = {p.digests[round] for p in self.peers.values() if round in p.digests}
-        digest = next((d for d in sorted(reported - {ours}) if self._most_have(round, d)), ours)
-        return round, digest
+        return round, self._which_counts(round) or ours
 
-    def _most_have(self, round: int, digest: bytes) -> bool:
-        """Whether a majority of the voters has reported this outer state."""
-        voters = self.view.voters
-        having = sum(self._has(v.id, round, digest) for v in voters)
-        return 2 * having > len(voters)
+    def _which_counts(self, round: int) -> bytes | None:
+        """The outer state after ``round`` rounds that is taken for the run's, or ``None`` if that is still open."""
+        ours, voters = self.states.digests.get(round, b""), self.view.voters
+        has = {m.id: self._state_of(m.id, round) for m in self.view.members}
+        if ours and is_quorum(self.view, {id for id, digest in has.items() if digest == ours}):
+            return ours
+        votes = Counter(digest for v in voters if (digest := has[v.id]))
+        if not votes:
+            return None
+        most = max(sorted(votes), key=lambda digest: (votes[digest], digest == ours))
+        all_said = all(has[v.id] or self._is_gone(v.id) for v in voters)
+        return most if all_said or 2 * votes[most] > len(voters) else None
 
-    def _has(self, node: str, round: int, digest: bytes) -> bool:
+    def _state_of(self, node: str, round: int) -> bytes:
+        """What it has reported; empty: nothing."""
         if node == self.me:
-            return self.states.digests.get(round) == digest
+            return self.states.digests.get(round, b"")
+        return b"" if self._is_gone(node) else self.peers[node].digests.get(round, b"")
+
+    def _is_gone(self, node: str) -> bool:
         record = self.peers.get(node)
-        return record is not None and not record.gone and record.digests.get(round) == digest
+        return node != self.me and (record is None or record.gone)
 
     # --- heartbeats ---------------------------------------------------------------------------------------------
 
@@ -220,11 +233,15 @@ class Leadership:
         record.report(beat.round, beat.state_digest)
         ours = self.states.digests.get(beat.round)
         if member is not None and member.active and ours is not None and ours != beat.state_digest:
-            if is_quorum(self.view, {m.id for m in self.view.members if self._has(m.id, beat.round, ours)}):
+            right = self._which_counts(beat.round)
+            if right == ours:
                 self._cast_out(now, peer, beat, ours, out)
                 return
-            self._doubt_ourselves(peer, beat, ours, out)
+            if right is not None:
+                self._doubt_ourselves(peer, beat.round, ours, right, out)
         waits = member is not None and not member.active
+        if waits and record.round == self.states.round and now >= record.told_at + self.settings.heartbeat_s:
+            self._tell_if_it_differs(now, record, out)
         if self._is_synced(record) and waits and len(self.view.trainers) < self.settings.min_members:
             self.activating.add(peer)
         self.on_accepted(peer, beat.epoch, beat.view, (beat.incarnation,), out)
@@ -235,13 +252,18 @@ class Leadership:
         if votes_now or peer in self.activating or self.leaving_since is not None:
             self.go_on(now, out)  # not with every heartbeat: it looks at all members
 
-    def _doubt_ourselves(self, peer: str, beat: Heartbeat, ours: bytes, out: list[Effect]) -> None:
-        """We lead, and if most have another outer state, ours is the wrong one."""
-        if self.doubted < beat.round and self._most_have(beat.round, beat.state_digest):
-            self.doubted = beat.round
-            fact = StateDiverged(peer=peer, round=beat.round, ours=ours.hex(), theirs=beat.state_digest.hex())
-            out.append(Report(fact=fact))
-            out.append(Tell(actor="checkpoint", event=RunAt(round=beat.round, digest=beat.state_digest)))
+    def _tell_if_it_differs(self, now: float, record: Peer, out: list[Effect]) -> None:
+        """It is where we are, by its own means, and does not know that another state counts."""
+        if record.digest != self.run_state[1]:
+            record.told_at = now
+            self._welcome(record.member.id, out)
+
+    def _doubt_ourselves(self, peer: str, round: int, ours: bytes, right: bytes, out: list[Effect]) -> None:
+        """We lead, and it is our outer state that is the wrong one."""
+        if self.doubted < round:
+            self.doubted = round
+            out.append(Report(fact=StateDiverged(peer=peer, round=round, ours=ours.hex(), theirs=right.hex())))
+            out.append(Tell(actor="checkpoint", event=RunAt(round=round, digest=right)))
 
     def _cast_out(self, now: float, peer: str, beat: Heartbeat, ours: bytes, out: list[Effect]) -> None:
         fact = StateDiverged(peer=peer, round=beat.round, ours=ours.hex(), theirs=beat.state_digest.hex())

@@ -11,7 +11,7 @@ from pathlib import Path
 from prime_async.machines.ballot import is_quorum
 from prime_async.machines.membership import Membership
 from prime_async.messages import Commit, View
-from prime_async.testing.host import SimNode
+from prime_async.testing.host import FIRST_STATE, SimNode, digest_of
 from prime_async.testing.properties import Properties
 from prime_async.testing.settings import SimulationSettings
 from prime_async.testing.simulation import STARTS_APART, Simulation
@@ -211,17 +211,47 @@ class Chaos:
         for commit in dict.fromkeys(v.commit for v in (view, *accepted) if v.commit is not None):
             if not self._can_follow(commit):
                 return f"nobody holds the state, or the means, of round {commit.round}"
+        for node in nodes:
+            if node.id not in self._voters_here(view) and not self._knows_somebody(node):
+                return f"{node.id} knows nobody who is here"
         return ""
 
     def _can_follow(self, commit: Commit) -> bool:
-        """Whether the state after this commit is somewhere, or can be made of what is there."""
+        """Whether the state after this commit is somewhere, or can be made of what is there.
+
+        Who is behind itself gives nobody what it has; so what is damaged on one disk is not counted on elsewhere.
+        """
         nodes = self.simulation.running
-        if any(n.state[0] > commit.round for n in nodes):
-            return True
+        states = {FIRST_STATE} | {n.state for n in nodes}
+        states |= {(round, s.digest) for n in nodes for round, s in n.disk.snapshots.items()}
         here = {info.digest for n in nodes for key, info in n.chunks.items() if key.kind == "mean"}
-        here |= {d for n in nodes for means in n.disk.means.values() for d in means.digests}
-        means = self.properties.rounds.means.get(commit.digest, ())
-        return any(n.state[0] == commit.round for n in nodes) and bool(means) and here.issuperset(means)
+        on_disk = [m for n in nodes for m in n.disk.means.values()]
+        here |= {digest for means in on_disk for digest in means.digests}
+        here -= {means.infos[chunk].digest for means in on_disk for chunk in means.damaged if chunk in means.infos}
+        return any(self._leads_to(state, commit, here) for state in states)
+
+    def _leads_to(self, state: tuple[int, bytes], commit: Commit, here: set[bytes]) -> bool:
+        """Whether this outer state is one that the run went through, and the means since then are all here."""
+        rounds = self.properties.rounds
+        round, digest = state
+        if round == commit.round + 1:
+            means = rounds.means.get(commit.digest)
+            return means is None or digest == digest_of(commit.state, *means)
+        while round <= commit.round:
+            made = rounds.commits.get(round, commit)
+            means = rounds.means.get(made.digest)
+            if made.round != round or made.state != digest or means is None or not here.issuperset(means):
+                return False
+            round, digest = round + 1, digest_of(digest, *means)
+        return True
+
+    def _knows_somebody(self, node: SimNode) -> bool:
+        """Whether it can ask anybody who leads."""
+        ballot = node.disk.ballot
+        views = (ballot.view, ballot.before) if ballot is not None else ()
+        known = {c.id for c in node.settings.membership.contacts}
+        known |= {m.id for v in views if v is not None for m in v.members}
+        return any(n.id in known for n in self.simulation.running if n is not node)
 
     def _has_quorum(self, number: int) -> bool:
         view = self.properties.views.chosen.get(number)
