@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from tests.netlab import Lab, Links
-from tests.node_processes import PACE_S, merged, node_processes
+from tests.node_processes import merged, node_processes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
     from prime_async.config.schema import RunSpec
 
 WIDTH = 16_384
+"""Of the model by default; the environment of the nodes can say another (``--width``)."""
+WIDTH_VARIABLE = "PRIME_ASYNC_JOIN_WIDTH"
 ROUND_S = 30.0
+PACE_S = 0.5
+"""Of an inner step, long enough that the two cores of a small machine have time for four nodes and the links."""
 RUN: dict[str, Any] = {
     "name": "join",
     "model": "tests.netlab_join:wide_model",
@@ -38,11 +43,12 @@ RUN: dict[str, Any] = {
 
 
 def wide_model(run: RunSpec, vocab_size: int) -> nn.Module:
-    """8.4 million parameters for the 256 byte tokens, whose inner steps sleep for ``PACE_S``."""
+    """512 parameters for each unit of width, for the 256 byte tokens, whose inner steps sleep for ``PACE_S``."""
     import torch
 
     torch.manual_seed(run.seed)
-    model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, WIDTH), torch.nn.Linear(WIDTH, vocab_size, bias=False))
+    width = int(os.environ.get(WIDTH_VARIABLE, WIDTH))
+    model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size, bias=False))
     model.register_forward_pre_hook(lambda module, _: time.sleep(PACE_S) if module.training else None)
     return model
 
@@ -103,8 +109,10 @@ def main() -> None:
     parser.add_argument("--up", type=float, default=40.0, help="Mbit/s of each provider")
     parser.add_argument("--down", type=float, default=100.0, help="Mbit/s of the joiner")
     parser.add_argument("--rtt", type=float, default=20.0, help="ms")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model: 512 parameters each, 4 KiB to fetch")
     parser.add_argument("--missed", type=int, nargs="*", help="rounds that a member is cut off for")
     args = parser.parse_args()
+    os.environ[WIDTH_VARIABLE] = str(args.width)
     if args.missed is None:
         print(json.dumps(trio.run(measure_join, args.up, args.down, args.rtt)), flush=True)
     for missed in args.missed or ():

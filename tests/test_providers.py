@@ -43,6 +43,12 @@ def pumped(download: Download, now: float = 0.0) -> list[Fetch]:
     return of(Fetch, out)
 
 
+def came(download: Download, peer: str, key: ChunkKey, size: int, now: float = 0.0) -> list[CancelFetch] | None:
+    """Who need not send it any more; ``None``: it was not asked for."""
+    out: list[Effect] = []
+    return of(CancelFetch, out) if download.came(now, peer, key, size, out) else None
+
+
 # --- who has what ---------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +108,7 @@ def test_each_member_is_asked_for_a_few_at_a_time_and_for_the_next_when_one_has_
     assert Counter(f.peer for f in first) == {"n0": 2, "n1": 2, "n2": 2}
     assert {f.key.round for f in first} == set(range(6))
     assert pumped(loading) == []
-    assert loading.came("n1", first[1].key, 7)
+    assert came(loading, "n1", first[1].key, 7) == []
     [after] = pumped(loading)
     assert after.peer == "n1"
     assert after.key.round == 6
@@ -115,7 +121,7 @@ def test_nothing_is_asked_for_twice() -> None:
     loading.want(means(range(4)))
     assert [f.key.round for f in pumped(loading)] == [0, 1, 2, 3]
     for key in means(range(3)):
-        loading.came("n0", key, 1)
+        came(loading, "n0", key, 1)
     loading.want(means(range(3)))
     assert pumped(loading) == [], "they have come, though they are not where they belong yet"
     loading.done(means(range(1))[0])
@@ -139,6 +145,64 @@ def test_what_the_next_member_lacks_does_not_hold_up_the_rest() -> None:
     assert [f.key.round for f in pumped(loading)] == [4, 5]
     loading.providers.heard("n1", Holdings(round=20, means_from=0))
     assert [(f.peer, f.key.round) for f in pumped(loading)] == [("n1", r) for r in range(4)]
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+def at_the_end() -> tuple[Download, Fetch, list[Fetch]]:
+    """One has sent what it was asked for, and has nothing to do; the other has two chunks under way."""
+    loading = download("n0", "n1")
+    loading.want(means(range(3)))
+    asked = pumped(loading)
+    [done] = [f for f in asked if sum(g.peer == f.peer for g in asked) == 1]
+    assert came(loading, done.peer, done.key, 1, now=1.0) == []
+    return loading, done, [f for f in asked if f is not done]
+
+
+def test_at_the_end_who_has_nothing_to_do_takes_the_last_of_who_has_more_than_one() -> None:
+    loading, done, slow = at_the_end()
+    assert [(f.peer, f.key) for f in pumped(loading, 1.0)] == [(done.peer, slow[-1].key)]
+    assert pumped(loading, 1.0) == [], "once"
+    left = came(loading, done.peer, slow[-1].key, 1, now=2.0)
+    assert left is not None
+    assert [(c.peer, c.key) for c in left] == [(slow[0].peer, slow[-1].key)], "the other need not send it"
+    assert came(loading, slow[0].peer, slow[-1].key, 1) is None
+    assert loading.bytes_come == 2
+
+
+def test_at_the_end_what_is_on_its_way_is_asked_again_when_it_takes_twice_as_long_as_others_need() -> None:
+    loading, done, slow = at_the_end()
+    assert came(loading, slow[-1].peer, slow[-1].key, 1, now=1.0) == []
+    assert pumped(loading, 1.9) == []
+    assert [(f.peer, f.key) for f in pumped(loading, 2.1)] == [(done.peer, slow[0].key)]
+
+
+@pytest.mark.parametrize("who", ["first", "second", "both"])
+def test_at_the_end_what_one_of_two_does_not_send_is_waited_for_from_the_other(who: str) -> None:
+    loading, done, slow = at_the_end()
+    pumped(loading, 1.0)
+    key = slow[-1].key
+    for peer in {"first": [slow[-1].peer], "second": [done.peer], "both": [slow[-1].peer, done.peer]}[who]:
+        loading.failed(1.0, peer, key, "gone")
+    assert (key in loading.waiting) is (who == "both")
+    assert loading.providers.busy == {done.peer: who == "first", slow[0].peer: 1 + (who == "second")}
+
+
+def test_at_the_end_a_chunk_of_who_left_is_waited_for_from_the_other() -> None:
+    loading, done, slow = at_the_end()
+    pumped(loading, 1.0)
+    loading.providers.see(view(6, full_member(done.peer), full_member("me")))
+    loading.leave_the_gone([])
+    assert loading.under_way.keys() == {slow[-1].key}
+    assert list(loading.waiting) == [slow[0].key]
+
+
+def test_a_record_is_not_asked_for_twice() -> None:
+    loading = download("n0", "n1")
+    loading.want([record_key(1)])
+    pumped(loading)
+    assert pumped(loading, 100.0) == []
 
 
 # --- what does not come ---------------------------------------------------------------------------------------------
@@ -165,7 +229,7 @@ def test_who_is_late_or_cannot_be_reached_is_left_alone_for_a_while(fault: Fetch
     loading.failed(3.0, asked.peer, asked.key, fault)
     [again] = pumped(loading, 3.0)
     assert again.peer != asked.peer
-    loading.came(again.peer, again.key, 1)
+    came(loading, again.peer, again.key, 1)
     loading.want(means(range(1, 3)))
     assert [f.peer for f in pumped(loading, 3.0 + PAUSE_S / 2)] == [again.peer]
     assert [f.peer for f in pumped(loading, 3.0 + PAUSE_S)] == [asked.peer]
@@ -175,9 +239,9 @@ def test_who_sends_what_does_not_fit_is_never_asked_again() -> None:
     loading = download("n0", "n1", window=1)
     loading.want(means(range(2)))
     asked, other = pumped(loading)
-    assert loading.came(asked.peer, asked.key, 1)
+    assert came(loading, asked.peer, asked.key, 1) == []
     loading.failed(0.0, asked.peer, asked.key, "invalid")
-    loading.came(other.peer, other.key, 1)
+    came(loading, other.peer, other.key, 1)
     assert [(f.peer, f.key) for f in pumped(loading)] == [(other.peer, asked.key)]
     loading.providers.heard(asked.peer, Holdings(round=20, means_from=0))
     loading.want(means(range(5, 9)))
@@ -192,7 +256,7 @@ def test_a_failure_of_what_is_not_wanted_any_more_changes_nothing() -> None:
     loading.failed(0.0, asked.peer, asked.key, "invalid")
     assert not loading.providers.liars
     assert pumped(loading) == []
-    assert not loading.came(asked.peer, asked.key, 1)
+    assert came(loading, asked.peer, asked.key, 1) is None
 
 
 def test_what_was_asked_of_who_left_is_asked_of_the_others_at_once() -> None:
@@ -205,7 +269,7 @@ def test_what_was_asked_of_who_left_is_asked_of_the_others_at_once() -> None:
     assert {(e.peer, e.key) for e in of(CancelFetch, out)} == {(f.peer, f.key) for f in asked if f.peer == "n0"}
     for fetch in asked:
         if fetch.peer == "n1":
-            loading.came("n1", fetch.key, 1)
+            came(loading, "n1", fetch.key, 1)
     assert {f.key for f in pumped(loading)} == {f.key for f in asked if f.peer == "n0"}
 
 

@@ -475,7 +475,7 @@ class Checkpoint:
     def _on_outcome(self, now: float, event: Event, out: list[Effect]) -> None:
         match event:
             case Fetched(peer=peer, key=key, size=size):
-                if self.download.came(peer, key, size):
+                if self.download.came(now, peer, key, size, out):
                     self._take(peer, key, out)
             case FetchFailed(peer=peer, key=key, fault=fault):
                 self.download.failed(now, peer, key, fault)

@@ -4,12 +4,16 @@ The rules:
 
 * Every member is asked what it has on disk (``AskLedger``), again and again while something is missing.
 * Each gives a few chunks at a time, and the next when one has come: so each gives as much as it can deliver.
+* When nothing is left to ask for, a member that has nothing to do is asked for what another was asked for and has not
+  come to yet, or is slow with: for twice as long as this one needed for its last. The first to come counts, and the
+  other is told to leave it.
 * Who says that a chunk is gone is not asked for it again before it has said anew what it has. Who is late or cannot be
   reached is left alone for a while. Who sends what does not fit is not asked any more.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -31,6 +35,7 @@ class Providers:
     members: tuple[str, ...] = ()
     holdings: dict[str, Holdings] = field(default_factory=dict)
     busy: dict[str, int] = field(default_factory=dict)  # gets under way
+    needed_s: dict[str, float] = field(default_factory=dict)  # for the last chunk that came
     away_until: dict[str, float] = field(default_factory=dict)
     gone: set[tuple[str, ChunkKey]] = field(default_factory=set)
     liars: set[str] = field(default_factory=set)
@@ -84,7 +89,7 @@ class Download:
     providers: Providers
     timeout_s: float
     waiting: deque[ChunkKey] = field(default_factory=deque)
-    under_way: dict[ChunkKey, str] = field(default_factory=dict)
+    under_way: dict[ChunkKey, dict[str, float]] = field(default_factory=dict)  # who is asked, at most two, since when
     wanted: set[ChunkKey] = field(default_factory=set)
     bytes_come: int = 0
 
@@ -106,9 +111,23 @@ class Download:
             at, peer = chosen
             key = self.waiting[at]
             del self.waiting[at]
-            self.under_way[key] = peer
-            self.providers.busy[peer] = self.providers.busy.get(peer, 0) + 1
-            out.append(Fetch(peer=peer, key=key, timeout_s=self.timeout_s))
+            self._ask(now, peer, key, out)
+        self._ask_again_at_the_end(now, out)
+
+    def _ask(self, now: float, peer: str, key: ChunkKey, out: list[Effect]) -> None:
+        self.under_way.setdefault(key, {})[peer] = now
+        self.providers.busy[peer] = self.providers.busy.get(peer, 0) + 1
+        out.append(Fetch(peer=peer, key=key, timeout_s=self.timeout_s))
+
+    def _ask_again_at_the_end(self, now: float, out: list[Effect]) -> None:
+        for idle in [p for p in self.providers.free(now) if not self.providers.busy.get(p)]:
+            needed_s = self.providers.needed_s.get(idle, math.inf)
+            for key, asked in reversed(self.under_way.items()):
+                (peer, since), *others = asked.items()
+                late = self.providers.busy[peer] > 1 or now - since > 2 * needed_s
+                if late and not others and key.kind in ("state", "mean") and self.providers.has(idle, key):
+                    self._ask(now, idle, key, out)
+                    break
 
     def _choose(self, now: float) -> tuple[int, str] | None:
         free = self.providers.free(now)
@@ -120,10 +139,16 @@ class Download:
                 return at, peer
         return None
 
-    def came(self, peer: str, key: ChunkKey, size: int) -> bool:
-        """Whether it was asked for."""
-        if not self._ended(peer, key):
+    def came(self, now: float, peer: str, key: ChunkKey, size: int, out: list[Effect]) -> bool:
+        """Whether it was asked for. Who else was asked for it need not send it any more."""
+        since = self.under_way.get(key, {}).get(peer)
+        if since is None:
             return False
+        self._ended(peer, key)
+        self.providers.needed_s[peer] = now - since
+        for other in tuple(self.under_way.get(key, ())):
+            out.append(CancelFetch(peer=other, key=key))
+            self._ended(other, key)
         self.bytes_come += size
         return True
 
@@ -136,27 +161,35 @@ class Download:
         came = key in self.wanted and key not in self.under_way and key not in self.waiting
         if self._ended(peer, key) or came:
             self.providers.blame(now, peer, key, fault)
-            self.waiting.appendleft(key)
+            if key not in self.under_way:
+                self.waiting.appendleft(key)
 
     def _ended(self, peer: str, key: ChunkKey) -> bool:
-        if self.under_way.get(key) != peer:
+        asked = self.under_way.get(key, {})
+        if asked.pop(peer, None) is None:
             return False
-        del self.under_way[key]
+        if not asked:
+            del self.under_way[key]
         self.providers.busy[peer] -= 1
         return True
 
     def leave_the_gone(self, out: list[Effect]) -> None:
         """Ask others for what was asked of who is not a member any more."""
-        for key, peer in [(k, p) for k, p in self.under_way.items() if p not in self.providers.members]:
+        for key, peer in [(k, p) for k, p in self._asked if p not in self.providers.members]:
             out.append(CancelFetch(peer=peer, key=key))
             self._ended(peer, key)
-            self.waiting.appendleft(key)
+            if key not in self.under_way:
+                self.waiting.appendleft(key)
+
+    @property
+    def _asked(self) -> list[tuple[ChunkKey, str]]:
+        return [(key, peer) for key, peers in self.under_way.items() for peer in peers]
 
     def give_up(self, out: list[Effect]) -> None:
         """All of it."""
         if self.under_way:
             out.append(CancelFetches())
-        for key, peer in list(self.under_way.items()):
+        for key, peer in self._asked:
             self._ended(peer, key)
         self.waiting.clear()
         self.wanted.clear()
