@@ -1027,8 +1027,35 @@ def codec_inputs() -> list[tuple[str, CodecName, list[float]]]:
         ("scale_would_be_denormal", "int8", [1.4e-36, -1e-40, 0.0]),
         ("smallest_scale", "int8", [127 * 2.0**-126, 2.0**-126]),
         ("largest", "int8", [FP32_MAX, -FP32_MAX, 1.0]),
+        *four_bit_inputs(ramp),
+        ("empty", "fp16", []),
+        ("range", "fp16", [1.0, -0.0, 0.1, 65504.0, 65519.0, -1e30, 6e-8, 2.9e-8, 1e-40]),
         ("empty", "fp32", []),
         ("as_they_are", "fp32", [1.0, -0.0, 0.1, 1e-40, FP32_MAX, -FP32_MAX]),
+    ]
+
+
+def four_bit_inputs(ramp: list[float]) -> list[tuple[str, CodecName, list[float]]]:
+    signs, largest = [1.0, -1.0, 0.0, -0.0, 0.25], [FP32_MAX, -FP32_MAX, 1.0]
+    return [
+        ("empty", "int4", []),
+        ("one", "int4", [0.5]),
+        ("signs", "int4", signs),
+        ("ties_go_to_even", "int4", [7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 6.5]),
+        ("zeros", "int4", [0.0] * 5),
+        ("two_blocks", "int4", [*ramp[:256], 3.0]),
+        ("smallest_scale", "int4", [7 * 2.0**-126, 2.0**-126, 2.0**-127]),
+        ("scale_would_be_denormal", "int4", [8e-38, -1e-40]),
+        ("largest", "int4", largest),
+        ("empty", "e3m0", []),
+        ("one", "e3m0", [0.5]),
+        ("signs", "e3m0", signs),
+        ("each_level", "e3m0", [sign * 2.0**-e for e in range(9) for sign in (1, -1)]),
+        ("ties_go_away_from_zero", "e3m0", [1.0, 0.75, -0.375, 3 / 16, 1 / 128, -1 / 128, 0.0078]),
+        ("two_blocks", "e3m0", [*ramp[:256], 3.0]),
+        ("smallest_scale", "e3m0", [2.0**-120, 2.0**-126, -(2.0**-128)]),
+        ("scale_too_small", "e3m0", [7e-37, -1e-40]),
+        ("largest", "e3m0", largest),
     ]
 
 
@@ -1068,6 +1095,10 @@ def mean_vectors() -> list[dict[str, Any]]:
         ("one_not_valid", "int8", [a, b"\xff" * 8, c], [3, 1, 7]),
         ("none", "int8", [], []),
         ("weights_that_fp32_cannot_hold", "int8", [a, b], [2**60 + 1, 2**53 + 1]),
+        ("two", "int4", [a, b], [65536, 32768]),
+        ("one_not_valid", "int4", [a, b"\xff" * 5, c], [3, 1, 7]),
+        ("three_uneven", "e3m0", [a, b, c], [3, 1, 7]),
+        ("three_uneven", "fp16", [a, b, c], [3, 1, 7]),
         ("two", "fp32", [a, b], [2, 1]),
         ("in_one_order", "fp32", [[1e8] * 4, [1.0] * 4, [-1e8] * 4], [1, 1, 1]),
         ("in_another_order", "fp32", [[1e8] * 4, [-1e8] * 4, [1.0] * 4], [1, 1, 1]),
@@ -1110,6 +1141,15 @@ def payload_rejects() -> list[dict[str, Any]]:
         ("scale_denormal", "int8", 1, scales(2.0**-127) + b"\x01", "processors differ on denormals"),
         ("scale_too_large", "int8", 1, scales(2.68e36) + b"\x01", "127 times it is infinite"),
         ("second_scale_nan", "int8", 257, scales(1.0, nan) + bytes(257), "a scale is not a number"),
+        ("too_long", "int4", 2, scales(1.0) + b"\x11\x01", "6 bytes instead of 5"),
+        ("code_8_low", "int4", 2, scales(1.0) + b"\x18", "a code is 8"),
+        ("code_8_high", "int4", 2, scales(1.0) + b"\x81", "a code is 8"),
+        ("second_code_of_an_odd_end", "int4", 1, scales(1.0) + b"\x11", "the number of elements is odd"),
+        ("scale_too_large", "int4", 1, scales(5e37) + b"\x01", "seven times it is infinite"),
+        ("code_8", "e3m0", 2, scales(1.0) + b"\x18", "a code is 8"),
+        ("scale_too_small", "e3m0", 1, scales(2.0**-121) + b"\x01", "a 64th of it is denormal"),
+        ("infinite", "fp16", 1, b"\x00\x7c", "an element is infinite"),
+        ("nan", "fp16", 1, b"\x01\x7e", "an element is not a number"),
         ("too_short", "fp32", 2, scales(1.0), "4 bytes instead of 8"),
         ("nan", "fp32", 2, scales(1.0, nan), "an element is not a number"),
         ("infinite", "fp32", 2, scales(-inf, 1.0), "an element is infinite"),
@@ -1122,7 +1162,14 @@ def payload_rejects() -> list[dict[str, Any]]:
 def value_rejects() -> list[dict[str, Any]]:
     """Vectors that cannot be encoded."""
     out = []
-    cases: list[tuple[CodecName, float]] = [("int8", float("nan")), ("int8", float("-inf")), ("fp32", float("inf"))]
+    cases: list[tuple[CodecName, float]] = [
+        ("int8", float("nan")),
+        ("int8", float("-inf")),
+        ("int4", float("nan")),
+        ("e3m0", float("inf")),
+        ("fp16", float("nan")),
+        ("fp32", float("inf")),
+    ]
     for codec_name, bad in cases:
         data = f32([1.0, bad])
         try:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prime_async.work.codec import BLOCK, Codec, CodecName, as_bytes, make_codec
+from prime_async.work.block_scales import BLOCK
+from prime_async.work.codec import Codec, CodecName, as_bytes, make_codec
 from prime_async.work.reduce import shares, weighted_mean
 
 FLT_MAX = float(np.finfo(np.float32).max)
@@ -99,7 +100,7 @@ def test_order_of_summation_is_the_order_given() -> None:
     assert not torch.equal(forwards, other)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp32"])
+@pytest.mark.parametrize("name", ["int8", "int4", "e3m0", "fp16", "fp32"])
 def test_payload_with_nan_is_left_out_and_the_others_share_its_weight(name: CodecName) -> None:
     codec = make_codec(name)
     good = [encode(codec, x) for x in contributions(2, 300)]
@@ -111,7 +112,7 @@ def test_payload_with_nan_is_left_out_and_the_others_share_its_weight(name: Code
     assert torch.equal(out, without)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp32"])
+@pytest.mark.parametrize("name", ["int8", "int4", "e3m0", "fp16", "fp32"])
 @pytest.mark.parametrize("case", ["none", "all invalid", "weight zero"])
 def test_mean_of_nothing_is_zero(name: CodecName, case: str) -> None:
     codec = make_codec(name)
@@ -126,13 +127,14 @@ def test_mean_of_nothing_is_zero(name: CodecName, case: str) -> None:
     assert not decode(codec, out, 300).any()
 
 
-@pytest.mark.parametrize("name", ["int8", "fp32"])
+@pytest.mark.parametrize("name", ["int8", "int4", "e3m0", "fp16", "fp32"])
 def test_contributions_at_the_largest_fp32_have_a_finite_mean(name: CodecName) -> None:
     codec = make_codec(name)
     payloads = [encode(codec, torch.full((300,), FLT_MAX))] * 7  # seven times fp32(1/7) is more than 1
     out, skipped = mean(codec, payloads, [1] * 7, 300)
     assert skipped == []
-    assert float(decode(codec, out, 300)[0]) > 0.999 * FLT_MAX
+    largest = 65504 if name == "fp16" else FLT_MAX
+    assert float(decode(codec, out, 300)[0]) > 0.999 * largest
 
 
 def test_two_quantisations_of_four_nodes_are_off_by_less_than_1_05_percent() -> None:

@@ -146,8 +146,11 @@ class ExchangeSettings(Settings):
     """How pseudo-gradients are averaged."""
 
     codec: Annotated[
-        Literal["int8", "fp32"],
-        Field(description="what contributions and means are encoded with; fp32 is exact and four times as large"),
+        Literal["int8", "int4", "e3m0", "fp16", "fp32"],
+        Field(
+            description="what contributions and means are encoded with, in 8.1, 4.1, 4.1, 16 and 32 bits per weight; "
+            "fp32 is exact"
+        ),
     ] = "int8"
     chunk_elements: Annotated[
         int,

@@ -13,10 +13,12 @@ and a reader of a stream has them before the values that they scale. A scale is 
 ``MAX_SCALE`` (the largest one whose 127-fold is finite): a payload that passes ``check`` decodes to finite numbers, and
 to the same bits on every processor, denormals flushed or not.
 
-``fp32``, for n elements: 4 n bytes, the elements as they are.
+``fp32``, for n elements: 4 n bytes, the elements as they are. ``fp16``: 2 n bytes, IEEE 754 binary16.
 
-Both are deterministic, and round to nearest, ties to even. Multiplications and additions are separate operations:
-fused forms (``addcmul``, ``alpha=``) round once where others round twice, and differ between processors.
+``int4`` and ``e3m0``: see :mod:`prime_async.work.codec_4bit`.
+
+All are deterministic; ``e3m0`` aside they round to nearest, ties to even. Multiplications and additions are separate
+operations: fused forms (``addcmul``, ``alpha=``) round once where others round twice, and differ between processors.
 """
 
 from __future__ import annotations
@@ -30,11 +32,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prime_async.errors import EnvironmentFault, NonFiniteError
+from prime_async.errors import EnvironmentFault
+from prime_async.work.block_scales import (
+    absmax_scales,
+    block_count,
+    blocks,
+    divide,
+    per_part,
+    read_scales,
+    require_finite,
+    write_scales,
+    wrong_scales,
+    wrong_size,
+)
+from prime_async.work.codec_4bit import E3m0Codec, Int4Codec
 
-CodecName = Literal["int8", "fp32"]
+CodecName = Literal["int8", "int4", "e3m0", "fp16", "fp32"]
 
-BLOCK = 256
 LEVELS = 127
 MIN_SCALE = 2.0**-126
 """The smallest normal fp32. A block whose scale would be below it (no element above 1.5e-36) becomes zero."""
@@ -95,39 +109,22 @@ class Int8Codec:
 
     def payload_bytes(self, n: int) -> int:
         """Size of the payload of ``n`` elements."""
-        return 4 * _block_count(n) + n
+        return 4 * block_count(n) + n
 
     def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:
         """See :meth:`Codec.encode`."""
         n = values.numel()
-        scales = torch.empty(_block_count(n))
-        # amax and amin read the values twice, and are still 20 times faster than aminmax over a dimension.
-        for x, scale in zip(_blocks(values), _per_part(scales, n), strict=True):
-            torch.maximum(torch.amax(x, 1), torch.amin(x, 1).neg_(), out=scale)  # NaN and infinity come through
-        _require_finite(scales)
-        scales.div_(LEVELS).clamp_(max=MAX_SCALE)
-        scales.masked_fill_(scales < MIN_SCALE, 0.0)
-        divisors = scales.masked_fill(scales == 0, 1.0)  # what it divides rounds to 0
-        parts = zip(_blocks(values), _per_part(divisors, n), _blocks(scratch), _blocks(self._q(out, n)), strict=True)
-        for x, divisor, quotient, q in parts:
-            torch.div(x, divisor[:, None], out=quotient)
-            q.copy_(quotient.round_())
-        out[: 4 * scales.numel()].copy_(scales.view(torch.uint8))
+        scales = absmax_scales(values, LEVELS, MIN_SCALE, MAX_SCALE)
+        divide(values, scales, scratch)
+        self._q(out, n).copy_(scratch.round_())
+        write_scales(scales, out)
 
     def check(self, payload: Tensor, n: int) -> str | None:
         """See :meth:`Codec.check`."""
-        if (reason := _wrong_size(payload, self.payload_bytes(n))) or not n:
+        if (reason := wrong_size(payload, self.payload_bytes(n))) or not n:
             return reason
-        scales = self._scales(payload, n)
-        low, high = float(scales.amin()), float(scales.amax())
-        if not (np.isfinite(low) and np.isfinite(high)):
-            return "a scale is NaN or infinite"
-        if low < 0:
-            return f"a scale is negative ({low})"
-        if high > MAX_SCALE:
-            return f"a scale ({high}) is above {MAX_SCALE}: values would decode to infinity"
-        if bool(((scales > 0) & (scales < MIN_SCALE)).any()):
-            return f"a scale is denormal: it must be 0 or at least {MIN_SCALE}"
+        if reason := wrong_scales(read_scales(payload, n), MIN_SCALE, MAX_SCALE):
+            return reason
         if int(self._q(payload, n).amin()) < -LEVELS:
             return "a value is -128: values go from -127 to 127"
         return None
@@ -135,21 +132,14 @@ class Int8Codec:
     def decode(self, payload: Tensor, out: Tensor, weight: float = 1.0) -> None:
         """See :meth:`Codec.decode`. The weight is multiplied into the scales: ``q * (scale * weight)``."""
         n = out.numel()
-        scales = self._scales(payload, n).mul_(weight)
-        for x, q, scale in zip(_blocks(out), _blocks(self._q(payload, n)), _per_part(scales, n), strict=True):
+        scales = read_scales(payload, n).mul_(weight)
+        for x, q, scale in zip(blocks(out), blocks(self._q(payload, n)), per_part(scales, n), strict=True):
             x.copy_(q)
             x.mul_(scale[:, None])
 
     @staticmethod
-    def _scales(payload: Tensor, n: int) -> Tensor:
-        """A copy, fp32 (blocks,): the payload may lie at any address."""
-        scales = torch.empty(_block_count(n))
-        scales.view(torch.uint8).copy_(payload[: 4 * scales.numel()])
-        return scales
-
-    @staticmethod
     def _q(payload: Tensor, n: int) -> Tensor:
-        return payload[4 * _block_count(n) :].view(torch.int8)
+        return payload[4 * block_count(n) :].view(torch.int8)
 
 
 class Fp32Codec:
@@ -166,12 +156,12 @@ class Fp32Codec:
 
     def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:  # noqa: ARG002  (needs no scratch)
         """See :meth:`Codec.encode`."""
-        _require_finite(_extremes(values))
+        require_finite(_extremes(values))
         out.copy_(_raw(values))
 
     def check(self, payload: Tensor, n: int) -> str | None:
         """See :meth:`Codec.check`."""
-        if reason := _wrong_size(payload, self.payload_bytes(n)):
+        if reason := wrong_size(payload, self.payload_bytes(n)):
             return reason
         aligned = payload if payload.data_ptr() % 4 == 0 else payload.clone()
         finite = torch.isfinite(_extremes(aligned.view(torch.float32))).all()
@@ -184,6 +174,45 @@ class Fp32Codec:
             out.mul_(weight)
 
 
+class Fp16Codec:
+    """IEEE 754 binary16, rounded to nearest, ties to even; what is beyond its largest, 65,504, becomes that.
+
+    NaN or infinity raises :class:`NonFiniteError`. The relative error is at most 2^-11 from 2^-14 (6.1e-5) upwards;
+    below that the absolute one is at most 2^-25. It has no scales: int8 is more exact for small values.
+    """
+
+    name: CodecName = "fp16"
+
+    def payload_bytes(self, n: int) -> int:
+        """Size of the payload of ``n`` elements."""
+        return 2 * n
+
+    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:
+        """See :meth:`Codec.encode`."""
+        require_finite(_extremes(values))
+        limit = torch.finfo(torch.float16).max
+        torch.clamp(values, -limit, limit, out=scratch)
+        out.copy_(_raw(scratch.to(torch.float16)))
+
+    def check(self, payload: Tensor, n: int) -> str | None:
+        """See :meth:`Codec.check`."""
+        if reason := wrong_size(payload, self.payload_bytes(n)):
+            return reason
+        finite = torch.isfinite(_extremes(self._elements(payload))).all()
+        return None if bool(finite) else "an element is NaN or infinite"
+
+    def decode(self, payload: Tensor, out: Tensor, weight: float = 1.0) -> None:
+        """See :meth:`Codec.decode`."""
+        out.copy_(self._elements(payload))
+        if weight != 1.0:
+            out.mul_(weight)
+
+    @staticmethod
+    def _elements(payload: Tensor) -> Tensor:
+        aligned = payload if payload.data_ptr() % 2 == 0 else payload.clone()
+        return aligned.view(torch.float16) if payload.numel() else torch.empty(0, dtype=torch.float16)
+
+
 def make_codec(name: CodecName) -> Codec:
     """The codec that the run spec calls ``name``.
 
@@ -191,7 +220,13 @@ def make_codec(name: CodecName) -> Codec:
     """
     if sys.byteorder != "little":
         raise EnvironmentFault("this machine is big-endian; payloads are little-endian: use a little-endian machine")
-    codecs: dict[CodecName, Callable[[], Codec]] = {"int8": Int8Codec, "fp32": Fp32Codec}
+    codecs: dict[CodecName, Callable[[], Codec]] = {
+        "int8": Int8Codec,
+        "int4": Int4Codec,
+        "e3m0": E3m0Codec,
+        "fp16": Fp16Codec,
+        "fp32": Fp32Codec,
+    }
     return codecs[name]()
 
 
@@ -215,24 +250,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _raw(values: Tensor) -> Tensor:
-    """fp32 (n,) as uint8 (4 n,). An empty tensor may have stride 0, which ``view`` refuses."""
+    """(n,) as uint8 bytes. An empty tensor may have stride 0, which ``view`` refuses."""
     return values.view(torch.uint8) if values.numel() else torch.empty(0, dtype=torch.uint8)
-
-
-def _block_count(n: int) -> int:
-    return -(-n // BLOCK)
-
-
-def _blocks(flat: Tensor) -> list[Tensor]:
-    """(n,) as its whole blocks (n // 256, 256) and, if there is a rest, the last block (1, n % 256)."""
-    whole = flat.numel() // BLOCK * BLOCK
-    parts = [flat[:whole].view(-1, BLOCK), flat[whole:].view(1, -1)]
-    return [part for part in parts if part.numel()]
-
-
-def _per_part(per_block: Tensor, n: int) -> list[Tensor]:
-    """(blocks,) divided as :func:`_blocks` divides ``n`` elements."""
-    return [part for part in (per_block[: n // BLOCK], per_block[n // BLOCK :]) if part.numel()]
 
 
 def _extremes(values: Tensor) -> Tensor:
@@ -241,12 +260,3 @@ def _extremes(values: Tensor) -> Tensor:
     Three passes of ``isfinite`` and ``all`` would take ten times as long.
     """
     return torch.stack([values.amin(), values.amax()]) if values.numel() else values
-
-
-def _require_finite(values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError("the values to encode hold NaN or infinity: this node's training has diverged")
-
-
-def _wrong_size(payload: Tensor, expected: int) -> str | None:
-    return None if payload.numel() == expected else f"{payload.numel()} bytes instead of {expected}"
