@@ -82,11 +82,12 @@ class AuditFolder:
     missing.
     """
 
-    def __init__(self, path: Path, node: str, codec: CodecName, chunks: Chunks) -> None:
-        """``chunks``: how the run divides the vector."""
+    def __init__(self, path: Path, node: str, codec: CodecName, mean_codec: CodecName, chunks: Chunks) -> None:
+        """``codec``: of contributions. ``chunks``: how the run divides the vector."""
         self._path = path
         self._node = node
         self._codec = codec
+        self._mean_codec = mean_codec
         self._chunks = chunks
         self._broken = False
 
@@ -120,7 +121,7 @@ class AuditFolder:
             chunk=key.chunk,
             epoch=key.epoch,
             attempt=key.attempt,
-            codec=self._codec,
+            codec=self._mean_codec,
             elements=self._chunks.size(key.chunk),
             contributors=info.contributors,
             total_weight=info.total_weight,
@@ -244,7 +245,7 @@ def _audit_mean(
         result.unchecked.append(f"{what}: there is no contribution of {names}, which the header names")
         return
     choices = itertools.islice(itertools.product(*(contributions[node] for node in who)), MAX_COMBINATIONS)
-    if not any(_mean_of(choice, weights) == plan.payload for choice in choices):
+    if not any(_mean_of(choice, weights, plan.codec) == plan.payload for choice in choices):
         names = ", ".join(node[:8] for node in who)
         result.differences.append(f"{what}: the mean of the contributions of {names} is another than the settled one")
         return
@@ -259,12 +260,15 @@ def _content(mean: MeanRecord) -> tuple[object, ...]:
     return mean.codec, mean.elements, mean.contributors, mean.total_weight, mean.payload
 
 
-def _mean_of(contributions: Sequence[ContributionRecord], weights: Sequence[int]) -> bytes | None:
+def _mean_of(
+    contributions: Sequence[ContributionRecord], weights: Sequence[int], mean_codec: CodecName
+) -> bytes | None:
     """The encoded mean, in this order; ``None`` if one of them is not valid."""
     codec, elements = make_codec(contributions[0].codec), contributions[0].elements
     if any((c.codec, c.elements) != (codec.name, elements) for c in contributions):
         return None
     payloads = [as_tensor(memoryview(c.payload)) for c in contributions]
-    out = torch.empty(codec.payload_bytes(elements), dtype=torch.uint8)
-    left_out = weighted_mean(codec, payloads, weights, out, (torch.empty(elements), torch.empty(elements)))
+    means = make_codec(mean_codec)
+    out = torch.empty(means.payload_bytes(elements), dtype=torch.uint8)
+    left_out = weighted_mean(codec, payloads, weights, out, (torch.empty(elements), torch.empty(elements)), means)
     return None if left_out else out.numpy().tobytes()

@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "193d0386f4680d084909a5d74c623b9c4fb5bf1c84e1479866ee755b871e54c6"
+GOLDEN = "c4be69d5745e5cbf48055375cf79854286774ec8b2edaef5d87bcb6cbbf9b7c8"
 
 
 def run_of(text: str) -> RunSpec:

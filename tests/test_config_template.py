@@ -69,6 +69,7 @@ ROUND: dict[str, st.SearchStrategy[Any]] = {
 }
 EXCHANGE: dict[str, st.SearchStrategy[Any]] = {
     "codec": st.sampled_from(["int8", "fp32"]),
+    "mean_codec": st.sampled_from(["same", "int8", "int4"]),
     "chunk_elements": st.integers(1, 2**18).map(lambda n: 256 * n),
 }
 RUN: dict[str, st.SearchStrategy[Any]] = {

@@ -65,7 +65,8 @@ def run_spec(
 def tiny_workload(run: RunSpec, stream: int) -> DilocoWorkload:
     trainer = InnerTrainer(build_llama(TINY, run.seed), open_shakespeare(run.seed), run, Device.open("cpu"), stream)
     outer = OuterState(trainer.flat.clone(), run.exchange.chunk_elements, run.outer)
-    return DilocoWorkload(trainer, outer, make_codec(run.exchange.codec), pace(run), threads=1)
+    codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
+    return DilocoWorkload(trainer, outer, codec, pace(run), threads=1, mean_codec=mean_codec)
 
 
 def tiny_witness(run: RunSpec) -> OuterWorkload:
@@ -73,7 +74,8 @@ def tiny_witness(run: RunSpec) -> OuterWorkload:
     spans = list_spans(model)
     theta = torch.cat([model.get_parameter(span.name).detach().flatten() for span in spans])
     outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
-    return OuterWorkload(outer, spans, make_codec(run.exchange.codec))
+    codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
+    return OuterWorkload(outer, spans, codec, mean_codec=mean_codec)
 
 
 def hand_over(source: Workload, target: Workload) -> bytes:
@@ -97,7 +99,7 @@ def exchange(nodes: Sequence[Workload], weights: Sequence[int] | None = None) ->
     """All chunks of a round: each is reduced by one node, and applied by all. Returns the digests."""
     for chunk in range(nodes[0].chunk_count):
         payloads = [encoded(node, chunk) for node in nodes]
-        mean = memoryview(bytearray(nodes[0].payload_bytes(chunk)))
+        mean = memoryview(bytearray(nodes[0].mean_bytes(chunk)))
         owner = nodes[chunk % len(nodes)]
         assert owner.reduce(chunk, payloads, weights or [1] * len(nodes), mean) == []
         for node in nodes:
@@ -108,7 +110,7 @@ def exchange(nodes: Sequence[Workload], weights: Sequence[int] | None = None) ->
 def committed(node: Workload, others: Sequence[Workload], included: bool = False) -> bytes:
     """A round in which ``others`` contribute, applied by all. Returns the digest of ``node``."""
     for chunk in range(node.chunk_count):
-        mean = memoryview(bytearray(node.payload_bytes(chunk)))
+        mean = memoryview(bytearray(node.mean_bytes(chunk)))
         others[0].reduce(chunk, [encoded(other, chunk) for other in others], [1] * len(others), mean)
         for other in others:
             other.apply(chunk, mean, included=True)
@@ -374,7 +376,7 @@ def test_node_that_was_left_out_keeps_its_progress_for_the_next_round() -> None:
     for chunk in range(nodes[0].chunk_count):
         inside = [True, False, chunk % 2 == 0]
         payloads = [encoded(node, chunk) for node, yes in zip(nodes, inside, strict=True) if yes]
-        mean = memoryview(bytearray(nodes[0].payload_bytes(chunk)))
+        mean = memoryview(bytearray(nodes[0].mean_bytes(chunk)))
         nodes[0].reduce(chunk, payloads, [1] * len(payloads), mean)
         for node, yes in zip(nodes, inside, strict=True):
             node.apply(chunk, mean, included=yes)
@@ -498,7 +500,7 @@ def test_chunks_may_be_worked_on_side_by_side() -> None:
 
         def chunk_round(chunk: int) -> None:
             payloads = [encoded(node, chunk) for node in nodes]
-            mean = memoryview(bytearray(nodes[0].payload_bytes(chunk)))
+            mean = memoryview(bytearray(nodes[0].mean_bytes(chunk)))
             nodes[0].reduce(chunk, payloads, [1, 1], mean)
             for node in nodes:
                 node.apply(chunk, mean, included=True)
@@ -703,6 +705,24 @@ def test_buffers_become_their_mean_on_every_node(codec: CodecName) -> None:
     limits = {"int8": 0.02, "int4": 0.25, "e3m0": 0.35, "fp16": 0.001, "fp32": 1e-6}
     assert error < limits[codec]  # independent data: the mean is half as large as its terms
     assert len({node.values.numpy().tobytes() for node in nodes}) == 1
+
+
+@pytest.mark.parametrize(("codec", "mean_codec"), [("int4", "int8"), ("int8", "int4"), ("fp32", "e3m0")])
+def test_means_can_have_a_codec_of_their_own(codec: CodecName, mean_codec: CodecName) -> None:
+    run = run_spec(codec)
+    run = run.model_copy(update={"exchange": run.exchange.model_copy(update={"mean_codec": mean_codec})})
+    nodes = [tiny_workload(run, stream) for stream in range(3)]
+    witness = tiny_witness(run)
+    chunk = nodes[0].chunk_count - 1
+    size = nodes[0].elements - chunk * CHUNK
+    assert nodes[0].payload_bytes(chunk) == make_codec(codec).payload_bytes(size)
+    assert nodes[0].mean_bytes(chunk) == witness.mean_bytes(chunk) == make_codec(mean_codec).payload_bytes(size)
+    for node in nodes:
+        node.train(3, ignore)
+    assert not nodes[0].check(chunk, encoded(nodes[0], chunk)), "a contribution is no mean"
+    before = nodes[0].state_digest()
+    assert len({committed(witness, nodes), *(node.state_digest() for node in nodes)}) == 1
+    assert nodes[0].state_digest() != before
 
 
 def test_buffer_can_be_handed_over() -> None:

@@ -148,3 +148,17 @@ def test_two_quantisations_of_four_nodes_are_off_by_less_than_1_05_percent() -> 
     error = float((decode(codec, out, n) - exact).norm() / exact.norm())
     print(f"relative L2 error of two quantisations, 4 nodes: {100 * error:.3f} %")
     assert error < 0.0105
+
+
+def test_a_mean_can_have_a_codec_of_its_own() -> None:
+    codec, mean_codec, n = make_codec("int4"), make_codec("int8"), 300
+    payloads = [encode(codec, x) for x in contributions(3, n)]
+    total, term = torch.empty(n), torch.empty(n)
+    out = torch.empty(mean_codec.payload_bytes(n), dtype=torch.uint8)
+    assert weighted_mean(codec, payloads, [1, 2, 5], out, (total, term), mean_codec) == []
+    decoded = torch.stack([decode(codec, p, n) for p in payloads]).double()
+    exact = (decoded * torch.tensor([1, 2, 5])[:, None]).sum(0) / 8
+    assert float((decode(mean_codec, out, n) - exact).abs().max()) < float(exact.abs().max()) / 200
+    bad = payloads[1].clone()
+    bad[-1] = 0x88
+    assert weighted_mean(codec, [payloads[0], bad], [1, 2], out, (total, term), mean_codec) == [1]

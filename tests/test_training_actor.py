@@ -148,7 +148,7 @@ async def test_a_contribution_is_written_for_an_audit_before_it_can_be_served(tm
             super().put(key, chunk)
 
     there: list[int] = []
-    async with training(Looking(), AuditFolder(tmp_path, "a" * 64, "fp32", Chunks(600, 256))) as bench:
+    async with training(Looking(), AuditFolder(tmp_path, "a" * 64, "fp32", "fp32", Chunks(600, 256))) as bench:
         bench.actor.perform(Encode(round=4))
         assert await bench.posted() == Encoded(round=4, finite=True)
         assert there == [3, 3, 3]

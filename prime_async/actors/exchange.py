@@ -162,7 +162,7 @@ class ExchangeActor:
         self, reduce: Reduce, payloads: dict[str, memoryview]
     ) -> tuple[memoryview, ChunkInfo, tuple[str, ...]]:
         workload, chunk = self._tensors.workload, reduce.key.chunk
-        out = self._tensors.buffers.take()[: workload.payload_bytes(chunk)]
+        out = self._tensors.buffers.take()[: workload.mean_bytes(chunk)]
         weights = dict(zip(reduce.contributors, reduce.weights, strict=True))
         given = tuple(payloads)
         rejected = workload.reduce(chunk, list(payloads.values()), [weights[p] for p in given], out)

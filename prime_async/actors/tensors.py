@@ -30,7 +30,9 @@ class Tensors:
         self.state_lock = trio.StrictFIFOLock()  # held while the outer state is replaced or saved
         self._limiter = trio.CapacityLimiter(self.workers)
         chunks = range(workload.chunk_count)
-        self.buffers = BufferPool(max((workload.payload_bytes(c) for c in chunks), default=0))
+        self.buffers = BufferPool(
+            max((max(workload.payload_bytes(c), workload.mean_bytes(c)) for c in chunks), default=0)
+        )
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """One call in a worker thread. Cancellation waits for it to end."""

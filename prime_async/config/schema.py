@@ -142,22 +142,33 @@ class RoundSettings(Settings):
         return data
 
 
+CodecName = Literal["int8", "int4", "e3m0", "fp16", "fp32"]
+
+
 class ExchangeSettings(Settings):
     """How pseudo-gradients are averaged."""
 
     codec: Annotated[
-        Literal["int8", "int4", "e3m0", "fp16", "fp32"],
+        CodecName,
         Field(
-            description="what contributions and means are encoded with, in 8.1, 4.1, 4.1, 16 and 32 bits per weight; "
-            "fp32 is exact"
+            description="what contributions are encoded with, in 8.1, 4.1, 4.1, 16, 32 bits per weight; fp32 is exact"
         ),
     ] = "int8"
+    mean_codec: Annotated[
+        Literal["same", "int8", "int4", "e3m0", "fp16", "fp32"],
+        Field(description="what means are encoded with; same: as contributions"),
+    ] = "same"
     chunk_elements: Annotated[
         int,
         Field(
             ge=256, le=2**26, multiple_of=256, description="elements per chunk: the unit of exchange, and of ownership"
         ),
     ] = 2**20
+
+    @property
+    def codec_of_means(self) -> CodecName:
+        """What ``mean_codec`` stands for."""
+        return self.codec if self.mean_codec == "same" else self.mean_codec
 
 
 class RunSpec(Settings):

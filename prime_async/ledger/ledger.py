@@ -91,7 +91,7 @@ class Ledger:
         self.directory = directory
         self._workload = workload
         self._chunks = Chunks(workload.elements, chunk_elements)
-        sizes = [workload.payload_bytes(c) for c in range(workload.chunk_count)]
+        sizes = [workload.mean_bytes(c) for c in range(workload.chunk_count)]
         self.snapshots = Snapshots(
             directory, run_id, settings, workload.spans, self._chunks, files, workload.state_prefixes
         )
@@ -267,7 +267,7 @@ class Ledger:
     def put_committed(self, record: Record, chunk: int, payload: memoryview) -> None:
         """Raises :class:`ProtocolError` if it is not the mean that the record tells of."""
         wanted = record.means[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
-        if payload.nbytes != self._workload.payload_bytes(chunk) or blake3(payload).digest() != wanted:
+        if payload.nbytes != self._workload.mean_bytes(chunk) or blake3(payload).digest() != wanted:
             raise ProtocolError(f"not the mean of chunk {chunk} that round {record.commit.round} committed")
         if not self._workload.check(chunk, payload):
             raise ProtocolError(f"the mean of chunk {chunk} of round {record.commit.round} cannot be applied")

@@ -78,7 +78,8 @@ def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolde
     if config.node.audit is None:
         return None
     exchange = config.run.exchange
-    return AuditFolder(config.node.audit, node_id, exchange.codec, Chunks(workload.elements, exchange.chunk_elements))
+    chunks = Chunks(workload.elements, exchange.chunk_elements)
+    return AuditFolder(config.node.audit, node_id, exchange.codec, exchange.codec_of_means, chunks)
 
 
 def catch_up_window(workload: Workload) -> int:
@@ -90,7 +91,9 @@ def catch_up_window(workload: Workload) -> int:
 def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> AbstractAsyncContextManager[Transport]:
     """The real network. Raises :class:`ConfigError` without a usable key."""
     chunks = range(workload.chunk_count)
-    largest = max((max(workload.payload_bytes(c), workload.state_bytes(c)) for c in chunks), default=0)
+    largest = max(
+        (max(workload.payload_bytes(c), workload.mean_bytes(c), workload.state_bytes(c)) for c in chunks), default=0
+    )
     records = RECORD_BYTES + RECORD_BYTES_PER_CHUNK * len(chunks)
     settings = ZmqSettings(
         key=read_key_file(node.key),
@@ -153,7 +156,7 @@ def machine_settings(
         checkpoint=CheckpointSettings(
             me=me.id,
             chunk_count=workload.chunk_count,
-            mean_bytes=sum(map(workload.payload_bytes, range(workload.chunk_count))),
+            mean_bytes=sum(map(workload.mean_bytes, range(workload.chunk_count))),
             state_bytes=sum(map(workload.state_bytes, range(workload.chunk_count))),
             window=catch_up_window(workload),
             fetch_timeout_s=timeout_s,

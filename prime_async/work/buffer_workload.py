@@ -54,6 +54,9 @@ class BufferWorkload:
     def payload_bytes(self, chunk: int) -> int:
         return self._codec.payload_bytes(chunk)
 
+    def mean_bytes(self, chunk: int) -> int:
+        return self._codec.mean_bytes(chunk)
+
     def state_bytes(self, chunk: int) -> int:
         return 4 * self._chunks.size(chunk)
 

@@ -41,21 +41,35 @@ class Chunks:
 
 
 class ChunkCodec:
-    """A codec over the chunks of one vector: memoryviews in, memoryviews out, scratch from a pool.
+    """The codecs over the chunks of one vector, of contributions and of means: memoryviews in and out.
 
     Called from several worker threads at once, for different chunks. Its operations are not divided among torch
     threads: the cores are better used by several chunks side by side.
     """
 
-    def __init__(self, codec: Codec, chunks: Chunks, allocate: Callable[[int], Tensor] = torch.empty) -> None:
-        """``allocate(n)`` makes scratch, fp32 (n,) on the host: pinned, if a device copies into it."""
+    def __init__(
+        self,
+        codec: Codec,
+        chunks: Chunks,
+        allocate: Callable[[int], Tensor] = torch.empty,
+        mean_codec: Codec | None = None,
+    ) -> None:
+        """``mean_codec``: of means, if not ``codec``.
+
+        ``allocate(n)`` makes scratch, fp32 (n,) on the host: pinned, if a device copies into it.
+        """
         self._codec = codec
+        self._mean_codec = mean_codec or codec
         self._chunks = chunks
         self._scratch = ScratchPool(min(chunks.chunk_elements, chunks.elements), allocate)
 
     def payload_bytes(self, chunk: int) -> int:
-        """Size of a payload of ``chunk``."""
+        """Size of a contribution to ``chunk``."""
         return self._codec.payload_bytes(self._chunks.size(chunk))
+
+    def mean_bytes(self, chunk: int) -> int:
+        """Size of a mean of ``chunk``."""
+        return self._mean_codec.payload_bytes(self._chunks.size(chunk))
 
     @contextmanager
     def work_on(self, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,16 +87,18 @@ class ChunkCodec:
         Raises :class:`ProtocolError` if it is not valid; ``out`` is then as it was.
         """
         payload = as_tensor(mean)
-        if reason := self._codec.check(payload, out.numel()):
+        if reason := self._mean_codec.check(payload, out.numel()):
             raise ProtocolError(f"a mean is not valid: {reason}; fetch it from another member")
-        self._codec.decode(payload, out)
+        self._mean_codec.decode(payload, out)
 
     def is_valid(self, chunk: int, payload: memoryview) -> bool:
-        """Whether ``payload`` is one of ``chunk``, and decodes to finite values. Cheaper than decoding it."""
+        """Whether ``payload`` is a mean of ``chunk``, and decodes to finite values. Cheaper than decoding it."""
         with torch_threads(1):
-            return self._codec.check(as_tensor(payload), self._chunks.size(chunk)) is None
+            return self._mean_codec.check(as_tensor(payload), self._chunks.size(chunk)) is None
 
     def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
         """As :func:`weighted_mean`."""
         with self.work_on(chunk) as scratch:
-            return weighted_mean(self._codec, [as_tensor(p) for p in payloads], weights, as_tensor(out), scratch)
+            return weighted_mean(
+                self._codec, [as_tensor(p) for p in payloads], weights, as_tensor(out), scratch, self._mean_codec
+            )

@@ -26,12 +26,13 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prime_async.config.schema import CodecName as CodecName
 from prime_async.errors import EnvironmentFault
 from prime_async.work.block_scales import (
     absmax_scales,
@@ -46,8 +47,6 @@ from prime_async.work.block_scales import (
     wrong_size,
 )
 from prime_async.work.codec_4bit import E3m0Codec, Int4Codec
-
-CodecName = Literal["int8", "int4", "e3m0", "fp16", "fp32"]
 
 LEVELS = 127
 MIN_SCALE = 2.0**-126

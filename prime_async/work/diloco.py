@@ -85,9 +85,20 @@ class DilocoWorkload(OuterWorkload):
     beside them.
     """
 
-    def __init__(self, trainer: Trainer, outer: OuterState, codec: Codec, pace: Pace, threads: int) -> None:
-        """``outer`` starts at the trainer's weights. ``threads``: torch threads of the inner steps."""
-        super().__init__(outer, trainer.spans, codec, trainer.device.staging)
+    def __init__(
+        self,
+        trainer: Trainer,
+        outer: OuterState,
+        codec: Codec,
+        pace: Pace,
+        threads: int,
+        mean_codec: Codec | None = None,
+    ) -> None:
+        """``outer`` starts at the trainer's weights. ``threads``: torch threads of the inner steps.
+
+        ``mean_codec``: of means, if not ``codec``.
+        """
+        super().__init__(outer, trainer.spans, codec, trainer.device.staging, mean_codec)
         self.trainer = trainer
         self._pace = pace
         self._threads = threads
@@ -206,5 +217,5 @@ def open_diloco(run: RunSpec, node: NodeSettings, stream: int) -> DilocoWorkload
     trainer.device.to_host(trainer.flat, theta)
     trainer.device.synchronize()
     outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
-    codec = make_codec(run.exchange.codec)
-    return DilocoWorkload(trainer, outer, codec, pace(run), node.threads or usable_cores())
+    codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
+    return DilocoWorkload(trainer, outer, codec, pace(run), node.threads or usable_cores(), mean_codec)

@@ -13,9 +13,16 @@ from prime_async.work.codec import Codec
 
 
 def weighted_mean(
-    codec: Codec, payloads: Sequence[Tensor], weights: Sequence[int], out: Tensor, scratch: tuple[Tensor, Tensor]
+    codec: Codec,
+    payloads: Sequence[Tensor],
+    weights: Sequence[int],
+    out: Tensor,
+    scratch: tuple[Tensor, Tensor],
+    mean_codec: Codec | None = None,
 ) -> list[int]:
     """Write the encoded mean of ``payloads``, each uint8, weighted by ``weights`` (tokens, not negative), into ``out``.
+
+    ``codec`` is that of the payloads, ``mean_codec`` that of the mean; the same if it is not given.
 
     Payloads that are not valid are left out, and their weights do not count; the positions of those are returned.
     If nothing of weight is left the mean is zero. ``scratch`` is two tensors fp32 (n,), n being the chunk's elements.
@@ -29,12 +36,13 @@ def weighted_mean(
     valid = [(p, w) for p, w, reason in zip(payloads, weights, reasons, strict=True) if reason is None]
     skipped = [i for i, reason in enumerate(reasons) if reason is not None]
     _sum(codec, valid, total, term)
+    mean_codec = mean_codec or codec
     try:
-        codec.encode(total, out, scratch=term)
+        mean_codec.encode(total, out, scratch=term)
     except NonFiniteError:
         # The terms are finite, but contributions near the largest fp32 may add up to just beyond it.
         limit = torch.finfo(torch.float32).max
-        codec.encode(total.clamp_(-limit, limit), out, scratch=term)
+        mean_codec.encode(total.clamp_(-limit, limit), out, scratch=term)
     return skipped
 
 

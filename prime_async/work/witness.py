@@ -28,12 +28,20 @@ class OuterWorkload:
     """
 
     def __init__(
-        self, outer: OuterState, spans: Sequence[Span], codec: Codec, allocate: Callable[[int], Tensor] = torch.empty
+        self,
+        outer: OuterState,
+        spans: Sequence[Span],
+        codec: Codec,
+        allocate: Callable[[int], Tensor] = torch.empty,
+        mean_codec: Codec | None = None,
     ) -> None:
-        """``spans``: where each parameter lies. ``allocate(n)`` makes scratch on the host, as in ``ChunkCodec``."""
+        """``spans``: where each parameter lies. ``mean_codec``: of means, if not ``codec``.
+
+        ``allocate(n)`` makes scratch on the host, as in ``ChunkCodec``.
+        """
         self._outer = outer
         self._spans = spans
-        self._codec = ChunkCodec(codec, outer.chunks, allocate)
+        self._codec = ChunkCodec(codec, outer.chunks, allocate, mean_codec)
 
     @property
     def elements(self) -> int:
@@ -50,6 +58,9 @@ class OuterWorkload:
 
     def payload_bytes(self, chunk: int) -> int:
         return self._codec.payload_bytes(chunk)
+
+    def mean_bytes(self, chunk: int) -> int:
+        return self._codec.mean_bytes(chunk)
 
     def state_bytes(self, chunk: int) -> int:
         return self._outer.state_bytes(chunk)
@@ -131,9 +142,9 @@ def open_witness(run: RunSpec, node: NodeSettings) -> OuterWorkload:
     """
     set_threads(node.threads)
     theta, spans = _initial_weights(run, node)
-    return OuterWorkload(
-        OuterState(theta, run.exchange.chunk_elements, run.outer), spans, make_codec(run.exchange.codec)
-    )
+    codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
+    outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
+    return OuterWorkload(outer, spans, codec, mean_codec=mean_codec)
 
 
 def _initial_weights(run: RunSpec, node: NodeSettings) -> tuple[Tensor, list[Span]]:

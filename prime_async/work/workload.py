@@ -46,7 +46,11 @@ class Workload(Protocol):
         ...
 
     def payload_bytes(self, chunk: int) -> int:
-        """Size of an encoded contribution to, or mean of, ``chunk``."""
+        """Size of an encoded contribution to ``chunk``."""
+        ...
+
+    def mean_bytes(self, chunk: int) -> int:
+        """Size of an encoded mean of ``chunk``."""
         ...
 
     def state_bytes(self, chunk: int) -> int:
@@ -73,10 +77,7 @@ class Workload(Protocol):
         ...
 
     def check(self, chunk: int, payload: memoryview) -> bool:
-        """Whether ``payload`` is a valid contribution to, or mean of, ``chunk``: of the right size, and finite.
-
-        ``apply`` takes a mean that passed.
-        """
+        """Whether ``payload`` is a valid mean of ``chunk``, of the right size and finite: ``apply`` takes it."""
         ...
 
     def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
