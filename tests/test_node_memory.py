@@ -200,14 +200,18 @@ async def test_three_nodes_agree_after_every_round_and_their_logs_replay(place: 
         assert place.replayed(name) > 50
 
 
-async def test_three_nodes_train_one_model_and_agree_bit_for_bit(place: Place) -> None:
+@pytest.mark.parametrize(
+    ("codec", "mean_codec"), [("int8", "same"), ("int4", "int8"), ("fp16", "int4"), ("e3m0", "same")]
+)
+async def test_three_nodes_train_one_model_and_agree_bit_for_bit(place: Place, codec: str, mean_codec: str) -> None:
     found: dict[int, dict[int, str]] = {}
     losses: dict[int, list[float]] = {}
 
     async def train(name: int) -> None:
         inner = {"batch_size": 4, "learning_rate": 5e-3, "warmup_steps": 2}
-        chunks = {"chunk_elements": 2**13}
-        run: dict[str, Any] = {"rounds": 3, "min_members": 3, "inner": inner, "sequence_length": 32, "exchange": chunks}
+        exchange = {"chunk_elements": 2**13, "codec": codec, "mean_codec": mean_codec}
+        run: dict[str, Any] = {"rounds": 3, "min_members": 3, "inner": inner, "sequence_length": 32}
+        run["exchange"] = exchange
         spec = place.config(name, **run).run
         async with place.node(name, tiny_workload(spec, name), **run) as node:
             found[name], losses[name] = {}, []
