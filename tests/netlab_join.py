@@ -4,6 +4,9 @@ Three providers with an uplink each, a joiner with a downlink; the model's inner
 The providers keep no means but the last, so the joiner fetches a snapshot, 8 bytes per parameter. The rate is what came
 divided by the time from the joiner's first question to the state of the run, reading and hashing included.
 
+With ``--slow-down``, one provider trains on a core of its own, without sleeping, and the links and the joiner have
+another: how much slower its inner steps are while the joiner fetches its state at the rate of the uplink.
+
 With ``--missed``, a member is cut off for so many rounds instead, and what it fetches afterwards is counted.
 """
 
@@ -42,6 +45,9 @@ RUN: dict[str, Any] = {
 }
 
 
+PACE_VARIABLE = "PRIME_ASYNC_JOIN_PACE_S"
+
+
 def wide_model(run: RunSpec, vocab_size: int) -> nn.Module:
     """512 parameters for each unit of width, for the 256 byte tokens, whose inner steps sleep for ``PACE_S``."""
     import torch
@@ -49,7 +55,8 @@ def wide_model(run: RunSpec, vocab_size: int) -> nn.Module:
     torch.manual_seed(run.seed)
     width = int(os.environ.get(WIDTH_VARIABLE, WIDTH))
     model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size, bias=False))
-    model.register_forward_pre_hook(lambda module, _: time.sleep(PACE_S) if module.training else None)
+    pace_s = float(os.environ.get(PACE_VARIABLE, PACE_S))
+    model.register_forward_pre_hook(lambda module, _: time.sleep(pace_s) if module.training else None)
     return model
 
 
@@ -85,6 +92,46 @@ async def measure_join(up_mbit: float, down_mbit: float, rtt_ms: float) -> dict[
     }
 
 
+async def measure_slow_down(up_mbit: float, rtt_ms: float) -> dict[str, Any]:
+    links = Links(hosts=2, rate_mbit=up_mbit, delay_ms=rtt_ms / 2)
+    run = merged(RUN, {"round": {"seconds": 4.0, "inner_steps": 0}, "inner": {"schedule": "constant"}})
+    kept: dict[str, Any] = {"snapshot_every": 1, "keep_snapshots": 100}
+    os.environ[PACE_VARIABLE] = "0"
+    pin(os.getpid(), JOINERS_CORE)  # and by inheritance the links and the joiner
+    with tempfile.TemporaryDirectory() as directory, Lab(links) as lab:
+        async with node_processes(Path(directory), run, lab) as nodes:
+            provider = await nodes.start("a", 0, **kept)
+            await provider.rounds(1)
+            pin(provider.process.pid, PROVIDERS_CORE)
+            await provider.rounds(4)
+            joiner = await nodes.start("d", 1, **kept)
+            await joiner.until(lambda: joiner.told("catch_up_started") != [])
+            await joiner.until(lambda: joiner.told("caught_up") != [])
+            began = next(at for at, f in joiner.facts if f["type"] == "catch_up_started")
+            ended = next(at for at, f in joiner.facts if f["type"] == "caught_up")
+            finished = [(at, f) for at, f in provider.facts if f["type"] == "round_finished"]
+    before = [f for at, f in finished if at < began][2:]
+    during = [f for at, f in finished if began + 4.5 < at < ended]  # all of the round
+    if not during:
+        raise AssertionError("the joiner was done within a round: take a wider model, or a slower link")
+    alone, beside = (sum(f["tokens"] for f in fs) / sum(f["training_s"] for f in fs) for fs in (before, during))
+    return {
+        "rounds_before": len(before),
+        "rounds_during": len(during),
+        "fetched_bytes": joiner.told("caught_up")[0]["fetched_bytes"],
+        "slow_down": round(alone / beside - 1, 4),
+    }
+
+
+PROVIDERS_CORE, JOINERS_CORE = 0, 1
+
+
+def pin(pid: int, core: int) -> None:
+    """All threads of the process, and what they start, run on this core."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {core})
+
+
 async def measure_missed(missed: int) -> dict[str, Any]:
     links = Links(hosts=3, rate_mbit=100.0, delay_ms=10.0)
     run = merged(RUN, {"round": {"inner_steps": 4}, "failure_timeout_s": 2.5, "heartbeat_s": 0.5})
@@ -112,9 +159,12 @@ def main() -> None:
     parser.add_argument("--rtt", type=float, default=20.0, help="ms")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the model: 512 parameters each, 4 KiB to fetch")
     parser.add_argument("--missed", type=int, nargs="*", help="rounds that a member is cut off for")
+    parser.add_argument("--slow-down", type=int, default=0, help="runs that measure what a joiner costs a provider")
     args = parser.parse_args()
     os.environ[WIDTH_VARIABLE] = str(args.width)
-    if args.missed is None:
+    for _ in range(args.slow_down):
+        print(json.dumps(trio.run(measure_slow_down, args.up, args.rtt)), flush=True)
+    if args.missed is None and not args.slow_down:
         print(json.dumps(trio.run(measure_join, args.up, args.down, args.rtt)), flush=True)
     for missed in args.missed or ():
         print(json.dumps(trio.run(measure_missed, missed)), flush=True)
