@@ -39,10 +39,10 @@ def payload(chunk: int, seed: int) -> memoryview:
 
 
 def mean_of(chunk: int, payloads: Sequence[memoryview], weights: Sequence[int]) -> memoryview:
-    codec, n = make_codec("int8"), CHUNKS.size(chunk)
-    out = torch.empty(codec.payload_bytes(n), dtype=torch.uint8)
+    codec, mean_codec, n = make_codec("int8"), make_codec("fp16"), CHUNKS.size(chunk)
+    out = torch.empty(mean_codec.payload_bytes(n), dtype=torch.uint8)
     tensors = [torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in payloads]
-    assert weighted_mean(codec, tensors, weights, out, (torch.empty(n), torch.empty(n))) == []
+    assert weighted_mean(codec, tensors, weights, out, (torch.empty(n), torch.empty(n)), mean_codec) == []
     return as_bytes(out)
 
 
@@ -51,7 +51,7 @@ class Run:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.folders = [AuditFolder(home / m[0] / "audit", m, "int8", "int8", CHUNKS) for m in MEMBERS]
+        self.folders = [AuditFolder(home / m[0] / "audit", m, "int8", "fp16", CHUNKS) for m in MEMBERS]
         for chunk in range(CHUNKS.count):
             for i in (0, 2):
                 self.contribute(i, chunk, seed=i)
@@ -172,7 +172,7 @@ def test_folders_without_a_mean_are_no_success(run: Run, tmp_path: Path) -> None
 
 def test_a_disk_that_cannot_be_written_ends_the_writing_and_not_the_node(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    folder = AuditFolder(tmp_path / "file", MEMBERS[0], "int8", "int8", CHUNKS)
+    folder = AuditFolder(tmp_path / "file", MEMBERS[0], "int8", "fp16", CHUNKS)
     for _ in range(2):
         folder.contribution(ChunkKey(kind="contribution", round=0, chunk=0), payload(0, 0))
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
@@ -182,7 +182,7 @@ async def test_an_auditor_writes_what_an_audit_reads(tmp_path: Path) -> None:
     """Given contributions and means of a node alone, when both are written, then each mean is that of the other."""
     workload = BufferWorkload.random(CHUNKS.elements, CHUNKS.chunk_elements, make_codec("int8"), seed=0)
     tensors = Tensors(workload, 2)
-    auditor = Auditor(AuditFolder(tmp_path, MEMBERS[0], "int8", "int8", CHUNKS), tensors)
+    auditor = Auditor(AuditFolder(tmp_path, MEMBERS[0], "int8", "fp16", CHUNKS), tensors)
     chunks, means = {}, {}
     for chunk in range(workload.chunk_count):
         encoded, info = tensors.encode(chunk)
