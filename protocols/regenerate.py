@@ -46,6 +46,7 @@ from prime_async.machines.vocabulary import (
     AskAgain,
     BallotStored,
     Begin,
+    Captured,
     ChunkImported,
     ChunkStored,
     CommitReady,
@@ -68,6 +69,7 @@ from prime_async.machines.vocabulary import (
     ManifestRead,
     MeansCommitted,
     MeansStored,
+    Merged,
     Offended,
     Progress,
     Reached,
@@ -872,7 +874,7 @@ def machine_settings() -> MachineSettings:
         checkpoint=CheckpointSettings(
             me=A, chunk_count=3, mean_bytes=3072, state_bytes=24576, snapshot_every=10, keep_snapshots=2, keep_rounds=20
         ),
-        training=TrainingSettings(me=A, inner_steps=500, rounds=10),
+        training=TrainingSettings(me=A, inner_steps=500, rounds=10, overlaps=True),
     )
 
 
@@ -936,6 +938,7 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("checkpoint", LedgerFailed(round=12, damaged=False, text="no space left on device")),
         ("training", Begin(round=13)),
         ("training", StepsDone(steps=500, tokens=65536, seconds=12.75)),
+        ("training", Captured(round=12)),
         ("training", Encoded(round=12, finite=True)),
         ("exchange", ContributionFixed(round=12, weight=65536)),
         ("training", ContributionTaken(round=12)),
@@ -949,6 +952,7 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("training", MeansCommitted(round=12, position=1, chain=D1)),
         ("training", MeansCommitted(round=12, position=-1, chain=D1)),
         ("training", Applied(round=13, digest=D2)),
+        ("training", Merged(round=12)),
         ("training", Evaluated(loss=1.999)),
         ("training", Evaluated(loss=LOSS_NAN)),
         ("training", Restored()),

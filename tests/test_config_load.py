@@ -111,7 +111,10 @@ def test_a_rule_is_not_checked_against_a_value_that_is_wrong_itself() -> None:
             'run.data: expected "shakespeare", "tokens" or "package.module:factory", got "shakespear"',
         ),
         ({"run__data_digest": "ab"}, 'run.data_digest: expected 64 lower-case hexadecimal digits, or "", got "ab"'),
-        ({"run__mode": "blokking"}, 'run.mode: expected "blocking", got "blokking"'),
+        (
+            {"run__mode": "blokking"},
+            'run.mode: expected one of "blocking", "overlapped", got "blokking"; did you mean "blocking"?',
+        ),
         (
             {"run__inner__schedule": "cosin"},
             'run.inner.schedule: expected one of "cosine", "wsd", "constant", got "cosin"; did you mean "cosine"?',

@@ -82,7 +82,7 @@ RUN: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "rounds": counts,
     "round": st.one_of([st.builds(RoundSettings, **{name: values}) for name, values in ROUND.items()]),
-    "mode": st.just("blocking"),
+    "mode": st.sampled_from(["blocking", "overlapped"]),
     "min_members": st.integers(1, 2**16),
     "heartbeat_s": st.floats(1e-3, 100),
     "failure_timeout_s": st.floats(201, 3600),

@@ -68,9 +68,11 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(home: Path, names: str = NAMES, last: Mapping[str, Any] | None = None) -> AsyncIterator[Scene]:
+async def scene(
+    home: Path, names: str = NAMES, last: Mapping[str, Any] | None = None, mode: str = "blocking"
+) -> AsyncIterator[Scene]:
     """Nodes that all take part in the rounds. ``last``: settings of the last one that are not as for the others."""
-    async with node_processes(home, RUN) as nodes:
+    async with node_processes(home, merged(RUN, {"mode": mode})) as nodes:
         scene = Scene(home, nodes)
         await scene.start(names[0])
         async with trio.open_nursery() as nursery:
@@ -155,10 +157,13 @@ def _no_other_place_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
 
 
-@pytest.mark.parametrize("role", ["leader", "owner", "contributor"])
-async def test_who_is_killed_in_mid_exchange_costs_the_others_nothing(tmp_path: Path, role: str) -> None:
+@pytest.mark.parametrize(
+    ("role", "mode"),
+    [("leader", "blocking"), ("leader", "overlapped"), ("owner", "overlapped"), ("contributor", "blocking")],
+)
+async def test_who_is_killed_in_mid_exchange_costs_the_others_nothing(tmp_path: Path, role: str, mode: str) -> None:
     """Given four nodes, when one is killed in the middle of an exchange, then the others lose no step of theirs."""
-    async with scene(tmp_path, last=UNREACHABLE if role == "contributor" else None) as nodes:
+    async with scene(tmp_path, last=UNREACHABLE if role == "contributor" else None, mode=mode) as nodes:
         name = nodes.leader if role == "leader" else "d"
         victim, others = nodes[name], nodes.all_but(name)
         owns = {"leader": None, "owner": True, "contributor": False}[role]
@@ -173,7 +178,7 @@ async def test_who_is_killed_in_mid_exchange_costs_the_others_nothing(tmp_path: 
 
 async def test_a_joiner_that_is_killed_while_it_fetches_the_state_holds_nobody_up(tmp_path: Path) -> None:
     """Given three nodes, when a fourth is killed as it fetches the state, then no round is longer."""
-    async with scene(tmp_path, NAMES[:3]) as nodes:
+    async with scene(tmp_path, NAMES[:3], mode="overlapped") as nodes:
         joiner = await nodes.start("d")
         left = written_by(joiner.process.pid)
         await joiner.until(lambda: joiner.told("catch_up_started") != [], LIMIT_S)

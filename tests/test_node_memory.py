@@ -201,9 +201,18 @@ async def test_three_nodes_agree_after_every_round_and_their_logs_replay(place: 
 
 
 @pytest.mark.parametrize(
-    ("codec", "mean_codec"), [("int8", "same"), ("int4", "int8"), ("fp16", "int4"), ("e3m0", "same")]
+    ("codec", "mean_codec", "mode"),
+    [
+        ("int8", "same", "blocking"),
+        ("int8", "same", "overlapped"),
+        ("int4", "int8", "blocking"),
+        ("fp16", "int4", "overlapped"),
+        ("e3m0", "same", "blocking"),
+    ],
 )
-async def test_three_nodes_train_one_model_and_agree_bit_for_bit(place: Place, codec: str, mean_codec: str) -> None:
+async def test_three_nodes_train_one_model_and_agree_bit_for_bit(
+    place: Place, codec: str, mean_codec: str, mode: str
+) -> None:
     found: dict[int, dict[int, str]] = {}
     losses: dict[int, list[float]] = {}
 
@@ -211,7 +220,7 @@ async def test_three_nodes_train_one_model_and_agree_bit_for_bit(place: Place, c
         inner = {"batch_size": 4, "learning_rate": 5e-3, "warmup_steps": 2}
         exchange = {"chunk_elements": 2**13, "codec": codec, "mean_codec": mean_codec}
         run: dict[str, Any] = {"rounds": 3, "min_members": 3, "inner": inner, "sequence_length": 32}
-        run["exchange"] = exchange
+        run |= {"exchange": exchange, "mode": mode}
         spec = place.config(name, **run).run
         async with place.node(name, tiny_workload(spec, name), **run) as node:
             found[name], losses[name] = {}, []

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from prime_async.messages import HeartbeatAck, Message, Plan, Propose, Welcome
-from prime_async.testing.schedules import Chaos, run_schedule
+from prime_async.testing.schedules import MODES, Chaos, run_schedule
 from tests.simulation_harness import STEADY, begin, newest_round, points, reach, steady
 
 FOUND_BY_CHANCE = {
@@ -39,9 +39,10 @@ FOUND_BY_CHANCE = {
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", FOUND_BY_CHANCE, ids=[f"{s}: {what}" for s, what in FOUND_BY_CHANCE.items()])
-def test_schedules_that_chance_found(seed: int) -> None:
-    run_schedule(seed)
+def test_schedules_that_chance_found(seed: int, mode: str) -> None:
+    run_schedule(seed, mode)
 
 
 def test_one_who_is_a_round_behind_catches_up_when_nobody_has_the_means_any_more() -> None:

@@ -82,7 +82,7 @@ def done(steps: int = 10, tokens: int = 100) -> StepsDone:
 def exchanging(rounds: int = 0, min_members: int = 1) -> Training:
     node = stepping(rounds, min_members=min_members)
     give(node, done(), Encoded(round=0, finite=True))
-    assert node.phase == "exchanging"
+    assert (node.phase, node.exchange) == ("idle", "offered")
     return node
 
 
@@ -148,7 +148,7 @@ def test_nothing_else_touches_the_tensors_meanwhile(while_in: str) -> None:
         give(node, done())
     if while_in == "restoring":
         give(node, Encoded(round=0, finite=False))
-    assert node.phase == while_in
+    assert while_in in (node.phase, node.exchange)
     effects = give(node, means(), seen(), Begin(round=0), Leave())
     assert effects == ([StopSteps()] if while_in == "stepping" else [])
 
@@ -269,7 +269,7 @@ def test_a_tick_that_comes_too_early_is_wished_for_again_and_one_that_comes_too_
     node.handle(at, Tick())
     assert node.handle(at, Tick()) == []
     node.handle(at + 1.0, done())
-    assert node.phase == "encoding"
+    assert node.exchange == "encoding"
     assert node.handle(at + 2.0, Tick()) == []
     assert stepping().handle(1e6, Tick()) == []  # a round of steps has no clock
 
@@ -499,11 +499,12 @@ def test_a_node_that_fell_behind_keeps_its_steps_and_tokens_and_does_the_rest() 
     assert told(effects, "exchange") == [ContributionFixed(round=5, weight=100)]
 
 
-def test_a_node_that_had_contributed_and_was_halted_contributes_the_same_again() -> None:
+def test_a_node_that_had_contributed_and_was_halted_lets_its_contribution_be() -> None:
     """Defect: it trained on, and served other bytes under the name of the contribution that peers might hold."""
     node = exchanging()
     give(node, Halt())
-    assert give(node, Begin(round=0)) == [Encode(round=0)]
+    assert give(node, Begin(round=0), seen()) == []
+    assert give(node, means()) == [Apply(round=0, position=1)]
 
 
 def test_means_handed_over_just_before_a_halt_are_applied_only_if_they_are_still_the_rounds() -> None:

@@ -16,6 +16,7 @@ from prime_async.machines.facts import Fact, InnerStepDone
 from prime_async.machines.vocabulary import (
     Applied,
     Apply,
+    Captured,
     Effect,
     Encode,
     Encoded,
@@ -23,6 +24,9 @@ from prime_async.machines.vocabulary import (
     Evaluated,
     Event,
     Fail,
+    GiveUp,
+    Merge,
+    Merged,
     Restore,
     Restored,
     RunSteps,
@@ -79,10 +83,14 @@ class TrainingActor:
                 self._nursery.start_soon(self._run_steps, effect)
             case StopSteps():
                 self._stop = True
-            case Encode(round=round):
-                self._nursery.start_soon(self._encode, round)
+            case Encode():
+                self._nursery.start_soon(self._encode, effect)
             case Apply():
                 self._nursery.start_soon(self._apply, effect)
+            case Merge(round=round):
+                self._nursery.start_soon(self._merge, round)
+            case GiveUp(round=round):
+                self._nursery.start_soon(self._give_up)
             case Evaluate():
                 self._nursery.start_soon(self._evaluate)
             case Restore():
@@ -123,19 +131,23 @@ class TrainingActor:
         )
         self._report(fact)
 
-    async def _encode(self, round: int) -> None:
+    async def _encode(self, effect: Encode) -> None:
         """Nothing is served before all is encoded, and written for an audit, if that is wanted.
 
         So of a contribution that is not finite no chunk gets out.
         """
+        round, state_digest = effect.round, self._tensors.workload.state_digest()
         chunks: dict[int, Chunk] = {}
+        if effect.beside:
+            await self._tensors.for_each(self._tensors.workload.capture, self._chunks())
+            self._post(Captured(round=round))
 
         def encode(chunk: int) -> None:
             payload, info = self._tensors.encode(chunk)
             chunks[chunk] = Chunk(info=info, payload=payload)
 
         try:
-            await self._tensors.for_each(encode, range(self._tensors.workload.chunk_count))
+            await self._tensors.for_each(encode, self._chunks())
         except NonFiniteError:
             self._post(Encoded(round=round, finite=False))
             return
@@ -146,7 +158,7 @@ class TrainingActor:
         self._post(Encoded(round=round, finite=True))
         if self._inner_every and (round + 1) % self._inner_every == 0:
             async with self._inner_lock:
-                await self._keeper.save_inner(round, self._tensors.workload.state_digest())
+                await self._keeper.save_inner(round, state_digest)
 
     async def _apply(self, effect: Apply) -> None:
         """Not cancelled half-way: the outer state on disk, and at peers, is always that of a whole round."""
@@ -167,7 +179,19 @@ class TrainingActor:
             raise RuntimeError(f"{key} was committed and is not here")
         included = effect.position in positions(mean.info.contributors)
         self._keeper.before_change(chunk)
-        self._tensors.workload.apply(chunk, mean.payload, included)
+        workload = self._tensors.workload
+        apply = workload.apply_beside if effect.beside else workload.apply
+        apply(chunk, mean.payload, included)
+
+    async def _merge(self, round: int) -> None:
+        """Not cancelled half-way, as the outer step."""
+        with trio.CancelScope(shield=True):
+            await self._tensors.for_each(self._tensors.workload.merge, self._chunks())
+        self._post(Merged(round=round))
+
+    async def _give_up(self) -> None:
+        await self._tensors.for_each(self._tensors.workload.give_up, self._chunks())
+        self._post(Restored())
 
     async def _evaluate(self) -> None:
         loss = await trio.to_thread.run_sync(self._tensors.workload.evaluate, limiter=self._trainer_limiter)

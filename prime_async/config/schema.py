@@ -229,7 +229,11 @@ class RunSpec(Settings):
     ] = 0
     round: RoundSettings = RoundSettings()
     mode: Annotated[
-        Literal["blocking"], Field(description="blocking: exchange, then train on (INTELLECT-1, arXiv 2412.01152)")
+        Literal["blocking", "overlapped"],
+        Field(
+            description="blocking: exchange, then train on (INTELLECT-1, arXiv 2412.01152); overlapped: exchange while "
+            "the next inner steps run, and wait only if they are done first"
+        ),
     ] = "blocking"
     min_members: Annotated[
         Positive,
@@ -255,6 +259,11 @@ class RunSpec(Settings):
     inner: InnerSettings = InnerSettings()
     outer: OuterSettings = OuterSettings()
     exchange: ExchangeSettings = ExchangeSettings()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether inner steps go on while a contribution is exchanged."""
+        return self.mode != "blocking"
 
 
 class NodeSettings(Settings):

@@ -203,6 +203,12 @@ class StepsDone(Struct, frozen=True, kw_only=True, tag="steps_done"):
     seconds: float
 
 
+class Captured(Struct, frozen=True, kw_only=True, tag="captured"):
+    """The local weights are noted, and may move: the contribution is encoded from the note."""
+
+    round: int
+
+
 class Encoded(Struct, frozen=True, kw_only=True, tag="encoded"):
     """The contribution is encoded; ``finite`` says whether it can be used."""
 
@@ -217,6 +223,12 @@ class Applied(Struct, frozen=True, kw_only=True, tag="applied"):
     digest: bytes
 
 
+class Merged(Struct, frozen=True, kw_only=True, tag="merged"):
+    """The local weights have moved with the outer ones."""
+
+    round: int
+
+
 class Evaluated(Struct, frozen=True, kw_only=True, tag="evaluated"):
     """Held-out loss of the outer weights, nats per token."""
 
@@ -224,7 +236,7 @@ class Evaluated(Struct, frozen=True, kw_only=True, tag="evaluated"):
 
 
 class Restored(Struct, frozen=True, kw_only=True, tag="restored"):
-    """The local weights are the outer weights again."""
+    """The local weights are the outer weights again, or without what was given up."""
 
 
 class Saved(Struct, frozen=True, kw_only=True, tag="saved"):
@@ -326,8 +338,8 @@ class LedgerFailed(Struct, frozen=True, kw_only=True, tag="ledger_failed"):
 Event: TypeAlias = (
     Tick | Heard | DoorClosed | Offended | Reached | BallotStored | StateAt | RunAt | ViewChanged | CommitReady
     | Weighed | Progress | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed | ContributionTaken
-    | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Encoded
-    | Applied | Evaluated | Restored | Saved | ChunkImported | Imported
+    | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured | Encoded
+    | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
     | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
     | SnapshotStored | LedgerFailed
 )  # fmt: skip
@@ -476,19 +488,37 @@ class StopSteps(Struct, frozen=True, kw_only=True, tag="stop_steps"):
 
 
 class Encode(Struct, frozen=True, kw_only=True, tag="encode"):
-    """Encode this node's contribution, chunk by chunk: ``Encoded``."""
+    """Encode this node's contribution, chunk by chunk: ``Encoded``.
+
+    ``beside`` the next inner steps: the local weights are noted first, ``Captured``.
+    """
 
     round: int
+    beside: bool = False
 
 
 class Apply(Struct, frozen=True, kw_only=True, tag="apply"):
     """Take the outer step with the settled means of the round: ``Applied``.
 
-    Chunks whose mean does not count ``position`` keep this node's local progress for the next contribution.
+    Chunks whose mean does not count ``position`` keep this node's local progress for the next contribution. ``beside``
+    the inner steps: the local weights stay as they are until ``Merge``.
     """
 
     round: int
     position: int
+    beside: bool = False
+
+
+class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
+    """Move the local weights as the means of ``round`` moved the outer ones: ``Merged``. No inner step is under way."""
+
+    round: int
+
+
+class GiveUp(Struct, frozen=True, kw_only=True, tag="give_up"):
+    """Give up the local progress that is in the contribution to ``round``, and keep what came after: ``Restored``."""
+
+    round: int
 
 
 class Evaluate(Struct, frozen=True, kw_only=True, tag="evaluate"):
@@ -610,7 +640,7 @@ class Keep(Struct, frozen=True, kw_only=True, tag="keep"):
 Effect: TypeAlias = (
     WakeAt | Report | Tell | Send | Dial | ConnectMembers | StoreBallot | Fail | Finish | Fetch | CancelFetches
     | CancelFetch | AdoptMean | Settle | Reduce | Forget
-    | RunSteps | StopSteps | Encode | Apply | Evaluate | Restore | Save | ImportChunk | EndImport
+    | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | Evaluate | Restore | Save | ImportChunk | EndImport
     | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk | StoreRecord | AdoptRound
     | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
 )  # fmt: skip

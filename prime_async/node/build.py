@@ -173,5 +173,6 @@ def machine_settings(
             rounds=run.rounds,
             evaluate_every=node.evaluate_every,
             min_members=run.min_members,
+            overlaps=run.overlaps and not node.witness,
         ),
     )

@@ -6,6 +6,7 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from prime_async.machines.ballot import is_quorum
@@ -16,6 +17,7 @@ from prime_async.testing.properties import Properties
 from prime_async.testing.settings import SimulationSettings
 from prime_async.testing.simulation import STARTS_APART, Simulation
 
+MODES = ("blocking", "overlapped")
 ROUNDS_AFTER = 3
 LIMIT_S = 180.0
 """Virtual seconds after the healing, in which everybody must be active and the run that many rounds further."""
@@ -290,10 +292,20 @@ class Chaos:
         self.simulation.run_until(lambda: len({n.state for n in self.staying()}) <= 1, limit_s)
 
 
-def run_schedule(seed: int, *, record: bool = False, disturbances: int = 5) -> Chaos:
-    """Some disturbances; then all is well, and everybody must be active and three rounds further in good time."""
+def mode_settings(settings: SimulationSettings, mode: str) -> SimulationSettings:
+    """``settings`` of a run in this mode."""
+    return replace(settings, overlaps=mode != "blocking")
+
+
+def run_schedule(seed: int, mode: str = "", *, record: bool = False, disturbances: int = 5) -> Chaos:
+    """Some disturbances; then all is well, and everybody must be active and three rounds further in good time.
+
+    In one of ``MODES``; without ``mode`` they take turns with the seeds.
+    """
     chance = random.Random(seed)
-    simulation = Simulation(chance.randint(2, 5), seed, random_settings(chance))
+    mode = mode or MODES[seed % len(MODES)]
+    nodes = chance.randint(2, 5)
+    simulation = Simulation(nodes, seed, mode_settings(random_settings(chance), mode))
     if record:
         simulation.record()
     chaos = Chaos(simulation, Properties(simulation).watch(), chance)
@@ -307,7 +319,7 @@ def run_schedule(seed: int, *, record: bool = False, disturbances: int = 5) -> C
             chaos.expect_progress()
             chaos.expect_agreement()
     except Exception as error:
-        error.add_note("\n".join(["what was done:", *chaos.done]))
+        error.add_note("\n".join([f"mode {mode}, what was done:", *chaos.done]))
         if record:
             _write(simulation, error)
         raise

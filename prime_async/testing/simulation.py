@@ -37,8 +37,10 @@ from prime_async.machines.vocabulary import (
     Fetch,
     Finish,
     Forget,
+    GiveUp,
     ImportChunk,
     Leave,
+    Merge,
     Reduce,
     Report,
     Restore,
@@ -182,6 +184,7 @@ class Simulation:
                 rounds=s.rounds,
                 min_members=s.min_members,
                 witness=witness,
+                overlaps=s.overlaps and not witness,
             ),
         )
         node = SimNode(id=name, settings=settings, machines=settings.build(), disk=disk)
@@ -339,8 +342,8 @@ class Simulation:
             case Forget():
                 self.store.forget(node, effect)
             case (
-                RunSteps() | StopSteps() | Encode() | Apply() | Evaluate() | Restore() | Save() | ImportChunk()
-                | EndImport()
+                RunSteps() | StopSteps() | Encode() | Apply() | Merge() | GiveUp() | Evaluate() | Restore() | Save()
+                | ImportChunk() | EndImport()
             ):  # fmt: skip
                 self.work.perform(node, effect)
             case _:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from prime_async.machines.vocabulary import (
     Applied,
     Apply,
+    Captured,
     ChunkImported,
     Effect,
     Encode,
@@ -19,8 +20,11 @@ from prime_async.machines.vocabulary import (
     Evaluate,
     Evaluated,
     FetchFailed,
+    GiveUp,
     ImportChunk,
     Imported,
+    Merge,
+    Merged,
     Restore,
     Restored,
     RunSteps,
@@ -73,11 +77,15 @@ class Work:
                 self._run_steps(node, steps)
             case StopSteps():
                 self._stop_steps(node)
-            case Encode(round=round):
-                self._encode(node, round)
+            case Encode(round=round, beside=beside):
+                self._encode(node, round, beside=beside)
             case Apply():
                 node.serves_state = False
                 self.kernel.later(TENSOR_S, self.kernel.on, node, self._apply, node, effect)
+            case Merge(round=round):
+                post(node, "training", Merged(round=round), TENSOR_S)
+            case GiveUp(round=round):
+                self._give_up(node, round)
             case Evaluate():
                 post(node, "training", Evaluated(loss=1.0), TENSOR_S)
             case Restore():
@@ -119,14 +127,23 @@ class Work:
 
     # --- the outer step -----------------------------------------------------------------------------------------
 
-    def _encode(self, node: SimNode, round: int) -> None:
+    def _encode(self, node: SimNode, round: int, *, beside: bool) -> None:
         node.encoded = (round, node.steps)
         for chunk in range(self.settings.chunk_count):
             made = Contribution(node.id, node.start, chunk, node.base.get(chunk, 0), node.steps)
             info = ChunkInfo(digest=digest_of(round, made))
             self.contributions[info.digest] = made
             self.store.put(node, ChunkKey(kind="contribution", round=round, chunk=chunk), info)
+        if beside:
+            self.kernel.post(node, "training", Captured(round=round))
         self.kernel.post(node, "training", Encoded(round=round, finite=True), TENSOR_S)
+
+    def _give_up(self, node: SimNode, round: int) -> None:
+        """What came after the contribution stays."""
+        assert node.encoded is not None
+        assert node.encoded[0] == round
+        node.base = dict.fromkeys(range(self.settings.chunk_count), node.encoded[1])
+        self.kernel.post(node, "training", Restored(), TENSOR_S)
 
     def _apply(self, node: SimNode, effect: Apply) -> None:
         if not node.running:

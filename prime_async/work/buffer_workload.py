@@ -79,6 +79,19 @@ class BufferWorkload:
             self._codec.decode(mean, self._view(chunk))
             self._digests[chunk] = self._hash(chunk)
 
+    def capture(self, chunk: int) -> None:
+        """There are no local weights."""
+
+    def apply_beside(self, chunk: int, mean: memoryview, included: bool) -> None:
+        """As ``apply``."""
+        self.apply(chunk, mean, included)
+
+    def merge(self, chunk: int) -> None:
+        """There are no local weights."""
+
+    def give_up(self, chunk: int) -> None:
+        """There is no local progress."""
+
     def end_round(self) -> bytes:
         return self.end_import(self._round + 1)
 

@@ -72,6 +72,10 @@ class Device:
         """Copy host ``src`` into device ``dst``. With pinned ``src``: leave it alone until :meth:`synchronize`."""
         dst.copy_(src, non_blocking=True)
 
+    def add(self, src: Tensor, dst: Tensor) -> None:
+        """Add host ``src`` to device ``dst``. With pinned ``src``: leave it alone until :meth:`synchronize`."""
+        dst.add_(src.to(dst.device, non_blocking=True))
+
     def moved(self, tensor: Tensor) -> Tensor:
         """Host ``tensor`` on the device; itself where the host is the device."""
         if not self.is_cuda:

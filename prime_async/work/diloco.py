@@ -1,6 +1,7 @@
 """DiLoCo (arXiv 2311.08105): inner steps alone, outer steps on what all nodes moved in the mean.
 
-The blocking form, as INTELLECT-1 ran it (arXiv 2412.01152): inner steps, exchange, outer step, one after the other.
+``blocking``, as INTELLECT-1 ran it (arXiv 2412.01152): inner steps, exchange, outer step, one after the other.
+``overlapped``: the exchange runs beside the next inner steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prime_async.config.schema import NodeSettings, RunSpec
+from prime_async.errors import LocalError
 from prime_async.work.codec import Codec, make_codec
 from prime_async.work.device import Device, usable_cores
 from prime_async.work.factory import open_inner_trainer
@@ -70,19 +72,33 @@ class Trainer(Protocol):
 class DilocoWorkload(OuterWorkload):
     """A node's share of a DiLoCo run: the inner trainer, and the outer state that all nodes have in common.
 
-    The contribution to a chunk is ``theta - x``: outer minus local weights. Applying a mean moves theta by the outer
-    step, and x to theta; or, if this node's contribution is not in the mean, x by as much as theta, so that the
-    progress ``x - theta`` counts in the next round. Importing a state moves x by as much as theta, too. The moments of
-    the inner optimiser stay, as in the paper.
+    With outer weights theta and local weights x, the contribution to a chunk is the pseudo-gradient ``theta - x``. The
+    moments of the inner optimiser stay over a round, as in the paper.
+
+    *One after the other* (``encode``, ``apply``): applying a mean moves theta by the outer step, and x to theta; or, if
+    this node's contribution is not in the mean, x by as much as theta, so that the progress ``x - theta`` counts in the
+    next round. Importing a state moves x by as much as theta, too.
+
+    *Beside the inner steps* (``capture``, ``encode``, ``apply_beside``, ``merge``): ``capture`` notes s = x at the
+    boundary of round r, the contribution is ``theta_r - s``, and x goes on to move. When the mean is there, theta takes
+    the outer step, and between two inner steps x moves with it and keeps what it did meanwhile::
+
+        x <- x + (theta_{r+1} - s)                 or, if the contribution is not in the mean,
+        x <- x + (theta_{r+1} - theta_r)
+
+    which is the delay-corrected merge: the next contribution is ``theta_{r+1} - x``, as if those inner steps had begun
+    at theta_{r+1}. Where x has not moved since s it becomes theta_{r+1} itself, which in fp32 the sum is not: without a
+    delay this is the blocking form, bit for bit. The note takes 4 bytes a parameter, on the host: it holds s, then
+    the contribution, and then by how much x is to move.
 
     Where an inner step is in the schedule follows the run: at the beginning of round r it is at least at r times
     ``Pace.steps``, and never goes back while there is progress. So a node that is slow, or was away, has the rate that
     the others have. Batches go on likewise, and none is given twice: not even after ``restore``, where the schedule
     begins the round again.
 
-    ``encode``, ``reduce``, ``check``, ``apply``, ``export_state`` and ``import_state`` may run for different chunks
-    at once. ``train``, ``evaluate``, ``restore``, ``end_round`` and ``end_import`` run alone; exporting goes on
-    beside them.
+    ``encode`` after ``capture``, ``reduce``, ``check``, ``apply_beside`` and ``export_state`` may run beside ``train``.
+    All methods of a chunk may run for different chunks at once. ``train``, ``evaluate``, ``restore`` run alone, and
+    ``end_round`` and ``end_import`` without any that changes the outer state; exporting goes on beside them.
     """
 
     def __init__(
@@ -93,10 +109,12 @@ class DilocoWorkload(OuterWorkload):
         pace: Pace,
         threads: int,
         mean_codec: Codec | None = None,
+        *,
+        overlaps: bool = False,
     ) -> None:
         """``outer`` starts at the trainer's weights. ``threads``: torch threads of the inner steps.
 
-        ``mean_codec``: of means, if not ``codec``.
+        ``mean_codec``: of means, if not ``codec``. ``overlaps``: there is to be a ``capture``.
         """
         super().__init__(outer, trainer.spans, codec, trainer.device.staging, mean_codec)
         self.trainer = trainer
@@ -104,25 +122,42 @@ class DilocoWorkload(OuterWorkload):
         self._threads = threads
         self._next_step = 0  # the schedule's, after the last one done
         self._next_batch = 0
-        self._away = False  # local weights are not the outer weights
-        self._kept = False  # in a chunk of this round, local progress was kept
+        self._notes = trainer.device.staging(self.elements if overlaps else 0)
+        self._moves = 0  # of the local weights by inner steps; 0 at the beginning, when they are the outer ones
+        self._equal_at = [0] * self.chunk_count  # by chunk: after this many the local weights were the outer ones
+        self._captured_at: dict[int, int] = {}  # by chunk: after so many they were noted
+        self._included: dict[int, bool] = {}  # by chunk that is to be merged
 
     def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
         def count(report: StepReport) -> None:
+            self._moves += 1
             self._next_step += 1
             self._next_batch += 1
             on_step(report)
 
         self._next_step = max(self._next_step, self.round * self._pace.steps)
         self._next_batch = max(self._next_batch, self.round * self._pace.batches)
-        self._away = True
+        self._moves += 1  # also if the first step ends in an error
         with torch_threads(self._threads):
             self.trainer.train(self._next_step, steps, count, self._next_batch)
 
+    def capture(self, chunk: int) -> None:
+        note = self._note(chunk)
+        with torch_threads(1):
+            self.trainer.device.to_host(self._local(chunk), note)
+            self.trainer.device.synchronize()
+        self._captured_at[chunk] = self._moves
+
     def encode(self, chunk: int, out: memoryview) -> None:
-        with self._codec.work_on(chunk) as (delta, _):
-            torch.sub(self._outer.theta(chunk), self._on_host(chunk, delta), out=delta)
-            self._codec.encode(delta, out, scratch=delta)
+        """Once after each ``capture``, if there was one."""
+        with self._codec.work_on(chunk) as (delta, scratch):
+            if chunk in self._captured_at:
+                note = self._note(chunk)
+                torch.sub(self._outer.theta(chunk), note, out=note)
+                self._codec.encode(note, out, scratch=scratch)
+            else:
+                torch.sub(self._outer.theta(chunk), self._on_host(chunk, delta), out=delta)
+                self._codec.encode(delta, out, scratch=delta)
 
     def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
         """Raises :class:`ProtocolError` if ``mean`` is not valid, :class:`LocalError` if this round had one already.
@@ -131,32 +166,60 @@ class DilocoWorkload(OuterWorkload):
         """
         with self._codec.work_on(chunk) as (gradient, scratch):
             self._codec.decode(mean, gradient)
-            if included or not self._away:
+            if included or self._is_equal(chunk):
                 self._outer.step(chunk, gradient, scratch)
-                self._move_local(chunk, self._outer.theta(chunk))
+                self._become_equal(chunk)
             else:
                 self._keep_progress(chunk, lambda: self._outer.step(chunk, gradient, scratch))
-                self._kept = True
 
-    def end_round(self) -> bytes:
-        digest = self._outer.end_round()
-        self._away, self._kept = self._kept, False
-        return digest
+    def apply_beside(self, chunk: int, mean: memoryview, included: bool) -> None:
+        """Raises :class:`ProtocolError` if ``mean`` is not valid: then nothing has changed.
+
+        Raises :class:`LocalError` if this round had one already, or ``included`` and there was no ``capture``.
+        """
+        if included and chunk not in self._captured_at:
+            raise LocalError(f"chunk {chunk} has no contribution that could be in its mean: capture it first")
+        note, theta = self._note(chunk), self._outer.theta(chunk)
+        with self._codec.work_on(chunk) as (gradient, scratch):
+            self._codec.decode(mean, gradient)
+            if included:
+                note.sub_(theta)  # -s
+            else:
+                torch.neg(theta, out=note)
+            self._outer.step(chunk, gradient, scratch)
+            note.add_(theta)
+        self._included[chunk] = included
+
+    def merge(self, chunk: int) -> None:
+        """Raises :class:`LocalError` if there was no ``apply_beside``."""
+        if chunk not in self._included:
+            raise LocalError(f"chunk {chunk} has no mean to move with: apply it first")
+        included, captured_at = self._included.pop(chunk), self._captured_at.pop(chunk, None)
+        was_equal = captured_at == self._moves if included else self._is_equal(chunk)
+        self._move_by_note(chunk, to_theta=was_equal)
+
+    def give_up(self, chunk: int) -> None:
+        """Raises :class:`LocalError` if there was no ``capture``."""
+        if chunk not in self._captured_at:
+            raise LocalError(f"chunk {chunk} has no contribution to give up")
+        self._move_by_note(chunk, to_theta=self._captured_at.pop(chunk) == self._moves)
 
     def restore(self) -> None:
         for chunk in range(self.chunk_count):
-            self._move_local(chunk, self._outer.theta(chunk))
+            self._become_equal(chunk)
         self.trainer.reset_optimizer()
-        self._next_step, self._away, self._kept = 0, False, False
+        self._next_step = 0
+        self._captured_at.clear()
+        self._included.clear()
 
     def import_state(self, chunk: int, data: memoryview) -> None:
         """Raises :class:`ProtocolError` if ``data`` has another size or is not finite: then nothing has changed."""
         with torch_threads(1):
-            if self._away:
-                self._keep_progress(chunk, lambda: self._outer.import_chunk(chunk, data))
-            else:
+            if self._is_equal(chunk):
                 self._outer.import_chunk(chunk, data)
-                self._move_local(chunk, self._outer.theta(chunk))
+                self._become_equal(chunk)
+            else:
+                self._keep_progress(chunk, lambda: self._outer.import_chunk(chunk, data))
 
     def inner_state(self) -> Mapping[str, Tensor]:
         return self.trainer.optimizer_state()
@@ -167,10 +230,13 @@ class DilocoWorkload(OuterWorkload):
     def evaluate(self) -> float:
         """If the local weights are others than the outer ones, the two trade places, and exporting waits meanwhile."""
         with torch_threads(self._threads):
-            if not self._away:
+            if all(map(self._is_equal, range(self.chunk_count))):
                 return self.trainer.evaluate()
             with self._outer.whole_theta() as theta:
                 return self.trainer.evaluate(weights=theta)
+
+    def _note(self, chunk: int) -> Tensor:
+        return self._notes[self._outer.chunks.span(chunk)]
 
     def _local(self, chunk: int) -> Tensor:
         return self.trainer.flat[self._outer.chunks.span(chunk)]
@@ -183,15 +249,29 @@ class DilocoWorkload(OuterWorkload):
         self.trainer.device.synchronize()
         return staging
 
+    def _is_equal(self, chunk: int) -> bool:
+        """Whether the local weights are, bit for bit, the outer ones."""
+        return self._equal_at[chunk] == self._moves
+
+    def _become_equal(self, chunk: int) -> None:
+        self._move_local(chunk, self._outer.theta(chunk))
+        self._equal_at[chunk] = self._moves
+
     def _move_local(self, chunk: int, weights: Tensor) -> None:
         self.trainer.device.to_device(weights, self._local(chunk))
         self.trainer.device.synchronize()
 
-    def _keep_progress(self, chunk: int, move_theta: Callable[[], None]) -> None:
-        """x <- theta' + (x - theta): where x is theta it becomes theta' itself, which x + (theta' - theta) is not.
+    def _move_by_note(self, chunk: int, *, to_theta: bool) -> None:
+        """By what is noted; ``to_theta``: that leads to the outer weights, so these are taken."""
+        with torch_threads(1):
+            if to_theta:
+                self._become_equal(chunk)
+            else:
+                self.trainer.device.add(self._note(chunk), self._local(chunk))
+                self.trainer.device.synchronize()
 
-        If ``move_theta`` raises, x stays.
-        """
+    def _keep_progress(self, chunk: int, move_theta: Callable[[], None]) -> None:
+        """x <- theta' + (x - theta). If ``move_theta`` raises, x stays."""
         with self._codec.work_on(chunk) as (progress, _):
             torch.sub(self._on_host(chunk, progress), self._outer.theta(chunk), out=progress)
             move_theta()
@@ -218,4 +298,5 @@ def open_diloco(run: RunSpec, node: NodeSettings, stream: int) -> DilocoWorkload
     trainer.device.synchronize()
     outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
-    return DilocoWorkload(trainer, outer, codec, pace(run), node.threads or usable_cores(), mean_codec)
+    threads = node.threads or usable_cores()
+    return DilocoWorkload(trainer, outer, codec, pace(run), threads, mean_codec, overlaps=run.overlaps)

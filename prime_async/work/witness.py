@@ -88,6 +88,19 @@ class OuterWorkload:
             self._codec.decode(mean, gradient)
             self._outer.step(chunk, gradient, scratch)
 
+    def capture(self, chunk: int) -> None:
+        """There are no local weights."""
+
+    def apply_beside(self, chunk: int, mean: memoryview, included: bool) -> None:
+        """As ``apply``."""
+        self.apply(chunk, mean, included)
+
+    def merge(self, chunk: int) -> None:
+        """There are no local weights."""
+
+    def give_up(self, chunk: int) -> None:
+        """There is no local progress."""
+
     def end_round(self) -> bytes:
         return self._outer.end_round()
 

@@ -88,6 +88,31 @@ class Workload(Protocol):
         """
         ...
 
+    def capture(self, chunk: int) -> None:
+        """Note the local weights of ``chunk``, between two inner steps. ``encode`` then goes by the note.
+
+        So it can run beside the next inner steps.
+        """
+        ...
+
+    def apply_beside(self, chunk: int, mean: memoryview, included: bool) -> None:
+        """As ``apply``, but beside inner steps: the local weights stay as they are until ``merge``."""
+        ...
+
+    def merge(self, chunk: int) -> None:
+        """Move the local weights of ``chunk`` as ``apply_beside`` says, between two inner steps.
+
+        What they moved since ``capture`` they keep.
+        """
+        ...
+
+    def give_up(self, chunk: int) -> None:
+        """Between two inner steps: the local progress of ``chunk`` up to ``capture`` is used up, what came after stays.
+
+        Also if the outer state was replaced since.
+        """
+        ...
+
     def end_round(self) -> bytes:
         """After ``apply`` of every chunk: count the round. Returns the digest of the outer state, 32 bytes."""
         ...
