@@ -870,11 +870,18 @@ def machine_settings() -> MachineSettings:
             ballot=BALLOT,
             tip=COMMIT,
         ),
-        exchange=ExchangeSettings(me=A, chunk_count=3, straggler_timeout_s=30.0, fetch_timeout_s=60.0),
+        exchange=ExchangeSettings(me=A, chunk_count=3, fragments=2, straggler_timeout_s=30.0, fetch_timeout_s=60.0),
         checkpoint=CheckpointSettings(
-            me=A, chunk_count=3, mean_bytes=3072, state_bytes=24576, snapshot_every=10, keep_snapshots=2, keep_rounds=20
+            me=A,
+            chunk_count=3,
+            fragments=2,
+            mean_bytes=3072,
+            state_bytes=24576,
+            snapshot_every=10,
+            keep_snapshots=2,
+            keep_rounds=20,
         ),
-        training=TrainingSettings(me=A, inner_steps=500, rounds=10, overlaps=True),
+        training=TrainingSettings(me=A, inner_steps=500, rounds=10, overlaps=True, fragments=2),
     )
 
 

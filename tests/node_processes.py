@@ -246,15 +246,18 @@ def assert_digests_are_equal(nodes: Iterable[NodeProcess]) -> None:
 def assert_no_step_is_lost(node: NodeProcess) -> None:
     """Whenever its work counts in a round, all of it does that it had done up to its contribution.
 
-    What it did since is less than another contribution; in mode blocking, nothing.
+    What it did since is less than another contribution; in mode blocking, nothing. Each fragment counts all of it.
     """
-    allowed = node.run.round.inner_steps if node.run.overlaps else 0
-    done = counted = 0
+    allowed = node.run.steps_per_round if node.run.overlaps else 0
+    done = 0
+    counted = [0] * node.run.fragment_count
     steps_at = {0: 0}  # tokens done -> inner steps done
     for _, fact in node.facts:
         if fact["type"] == "inner_step_done":
             done += fact["tokens"]
             steps_at[done] = len(steps_at)
         elif fact["type"] == "round_finished" and fact["tokens"]:
-            counted += fact["tokens"]
-            assert steps_at[done] - steps_at[counted] <= allowed, f"{node.name} after round {fact['round']}"
+            fragment = fact["round"] % len(counted)
+            counted[fragment] += fact["tokens"]
+            since = steps_at[done] - steps_at[counted[fragment]]
+            assert since <= allowed, f"{node.name} after round {fact['round']}"

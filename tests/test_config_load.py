@@ -113,7 +113,7 @@ def test_a_rule_is_not_checked_against_a_value_that_is_wrong_itself() -> None:
         ({"run__data_digest": "ab"}, 'run.data_digest: expected 64 lower-case hexadecimal digits, or "", got "ab"'),
         (
             {"run__mode": "blokking"},
-            'run.mode: expected one of "blocking", "overlapped", got "blokking"; did you mean "blocking"?',
+            'run.mode: expected one of "blocking", "overlapped", "streaming", got "blokking"; did you mean "blocking"?',
         ),
         (
             {"run__inner__schedule": "cosin"},
@@ -246,6 +246,11 @@ def test_whatever_text_a_file_has_the_answer_is_a_configuration_or_its_problems(
         (
             {"run__round__inner_steps": 100, "run__round__seconds": 60},
             "run.round.seconds: expected 0 since run.round.inner_steps is 100: give one of the two, got 60.0",
+        ),
+        (
+            {"run__mode": "streaming", "run__fragments": 3},
+            "run.fragments: expected a number that divides run.round.inner_steps (100), so that all rounds are equally "
+            "long, got 3",
         ),
         (
             {"run__round__inner_steps": 0},

@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "c4be69d5745e5cbf48055375cf79854286774ec8b2edaef5d87bcb6cbbf9b7c8"
+GOLDEN = "da5bfac6894f74192d4db3a90d0f6dee190e7a1df9b4961088c448fa62b59f54"
 
 
 def run_of(text: str) -> RunSpec:

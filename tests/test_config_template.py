@@ -82,7 +82,8 @@ RUN: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "rounds": counts,
     "round": st.one_of([st.builds(RoundSettings, **{name: values}) for name, values in ROUND.items()]),
-    "mode": st.sampled_from(["blocking", "overlapped"]),
+    "mode": st.sampled_from(["blocking", "overlapped"]),  # of streaming not all settings go together
+    "fragments": st.integers(1, 2**16),
     "min_members": st.integers(1, 2**16),
     "heartbeat_s": st.floats(1e-3, 100),
     "failure_timeout_s": st.floats(201, 3600),

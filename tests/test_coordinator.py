@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prime_async.machines.coordinator import Coordinator
 from prime_async.machines.facts import OwnersLost, RoundTakenOver, StateDiverged, WaitingForMembers
+from prime_async.machines.fragments import Fragments
 from prime_async.machines.views import Views
 from prime_async.machines.vocabulary import CommitReady, Effect, Weighed
 from prime_async.messages import (
@@ -46,7 +47,7 @@ class Leader:
         self, at: View = THREE, round: int = 0, min_members: int = 1, straggler: float = 0.0, me: str = "n0"
     ) -> None:
         self.machine = Coordinator(
-            me=me, chunk_count=3, min_members=min_members, straggler_timeout_s=straggler, views=Views()
+            me=me, fragments=Fragments(3), min_members=min_members, straggler_timeout_s=straggler, views=Views()
         )
         self.now = 0.0
         self.view(at)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from prime_async.config.schema import RunSpec
-from prime_async.errors import LocalError, NonFiniteError, ProtocolError
+from prime_async.errors import ConfigError, LocalError, NonFiniteError, ProtocolError
+from prime_async.work.codec import make_codec
 from prime_async.work.diloco import DilocoWorkload
 from prime_async.work.workload import Workload
 from tests.test_diloco import (
+    CHUNK,
     encoded,
     exchange,
     hand_over,
@@ -25,38 +27,44 @@ from tests.test_diloco import (
 H = 3
 
 
-def overlapped() -> RunSpec:
-    return run_spec().model_copy(update={"mode": "overlapped"})
+def overlapped(mode: str = "overlapped", fragments: int = 1) -> RunSpec:
+    return run_spec().model_copy(update={"mode": mode, "fragments": fragments})
 
 
-def nodes_of(count: int) -> list[DilocoWorkload]:
-    return [tiny_workload(overlapped(), stream) for stream in range(count)]
+def nodes_of(count: int, mode: str = "overlapped", fragments: int = 1) -> list[DilocoWorkload]:
+    return [tiny_workload(overlapped(mode, fragments), stream) for stream in range(count)]
+
+
+def chunks(node: Workload, round: int | None = None) -> range:
+    """Those of the round, by default the one that is open."""
+    return node.fragments.chunks(node.round if round is None else round)
 
 
 def capture(node: Workload) -> list[memoryview]:
     """The contribution, by chunk, as it is at this boundary."""
-    for chunk in range(node.chunk_count):
+    for chunk in chunks(node):
         node.capture(chunk)
-    return [encoded(node, chunk) for chunk in range(node.chunk_count)]
+    return [encoded(node, chunk) for chunk in chunks(node)]
 
 
 def mean_of(node: Workload, contributions: Sequence[Sequence[memoryview]]) -> list[memoryview]:
     means = []
-    for chunk in range(node.chunk_count):
+    for place, chunk in enumerate(chunks(node)):
         out = memoryview(bytearray(node.mean_bytes(chunk)))
-        assert node.reduce(chunk, [c[chunk] for c in contributions], [1] * len(contributions), out) == []
+        assert node.reduce(chunk, [c[place] for c in contributions], [1] * len(contributions), out) == []
         means.append(out.toreadonly())
     return means
 
 
 def apply(node: Workload, means: Sequence[memoryview], included: bool = True) -> bytes:
-    for chunk, mean in enumerate(means):
+    for chunk, mean in zip(chunks(node), means, strict=True):
         node.apply_beside(chunk, mean, included)
     return node.end_round()
 
 
 def merge(node: Workload) -> None:
-    for chunk in range(node.chunk_count):
+    """With the means of the round that was applied last."""
+    for chunk in chunks(node, node.round - 1):
         node.merge(chunk)
 
 
@@ -208,3 +216,92 @@ def test_weights_that_are_not_finite_are_an_error_of_this_node() -> None:
     node.capture(0)
     with pytest.raises(NonFiniteError):
         encoded(node, 0)
+
+
+# --- fragments ------------------------------------------------------------------------------------------------------
+
+
+def test_one_fragment_without_a_delay_is_the_blocking_form_bit_for_bit() -> None:
+    blocking = [tiny_workload(run_spec(), stream) for stream in range(2)]
+    nodes = nodes_of(2, "streaming", 1)
+    for _ in range(2):
+        for node in (*blocking, *nodes):
+            node.train(H, ignore)
+        means = mean_of(nodes[0], [capture(node) for node in nodes])
+        assert {apply(node, means) for node in nodes} == set(exchange(blocking))
+        for node, other in zip(nodes, blocking, strict=True):
+            merge(node)
+            assert torch.equal(local_weights(node), local_weights(other))
+
+
+def test_a_round_moves_one_fragment_and_the_others_keep_their_progress() -> None:
+    nodes = nodes_of(2, "streaming", 3)
+    elements = local_weights(nodes[0]).numel()
+    moved = torch.zeros(elements, dtype=torch.bool)
+    for round in range(4):
+        for node in nodes:
+            node.train(1, ignore)
+        before = [local_weights(node).clone() for node in nodes]
+        theta = outer_weights(nodes[0])
+        means = mean_of(nodes[0], [capture(node) for node in nodes])
+        for node in nodes:
+            node.train(1, ignore)
+        assert len({apply(node, means) for node in nodes}) == 1
+        between = [local_weights(node).clone() for node in nodes]
+        for node in nodes:
+            merge(node)
+        inside = torch.zeros(elements, dtype=torch.bool)
+        for chunk in chunks(nodes[0], round):
+            inside[chunk * CHUNK : (chunk + 1) * CHUNK] = True
+        after = outer_weights(nodes[0])
+        assert torch.equal(after[~inside], theta[~inside])
+        assert not torch.equal(after[inside], theta[inside])
+        for node, s, x in zip(nodes, before, between, strict=True):
+            assert torch.equal(local_weights(node)[~inside], x[~inside])
+            assert close(local_weights(node)[inside], (after + (x - s))[inside])
+        moved |= inside
+    assert moved.all()
+
+
+def test_a_contribution_is_all_that_its_fragment_moved_since_it_was_exchanged_last() -> None:
+    node = nodes_of(1, "streaming", 2)[0]
+    first, second = chunks(node, 0), chunks(node, 1)
+    theta = outer_weights(node)
+    node.train(1, ignore)
+    apply(node, mean_of(node, [capture(node)]))
+    merge(node)
+    node.train(1, ignore)
+    at = slice(second[0] * CHUNK, None)
+    out = torch.empty(local_weights(node)[at].numel())
+    for chunk in second:
+        node.capture(chunk)
+        payload = torch.frombuffer(bytearray(encoded(node, chunk)), dtype=torch.uint8)
+        start = (chunk - second[0]) * CHUNK
+        make_codec("int8").decode(payload, out[start : start + CHUNK])
+    torch.testing.assert_close(out, (theta - local_weights(node))[at], rtol=0.02, atol=1e-4)
+    assert set(first).isdisjoint(second)
+
+
+def test_a_state_is_handed_over_between_rounds_of_any_fragment() -> None:
+    ahead, behind = nodes_of(2, "streaming", 3)
+    for _ in range(4):
+        ahead.train(1, ignore)
+        apply(ahead, mean_of(ahead, [capture(ahead)]))
+        merge(ahead)
+    assert hand_over(ahead, behind) == ahead.state_digest()
+    assert torch.equal(local_weights(behind), outer_weights(ahead))
+    means = mean_of(ahead, [capture(ahead)])
+    assert apply(ahead, means) == apply(behind, means, included=False)
+
+
+def test_a_note_is_as_long_as_the_largest_fragment() -> None:
+    whole, parts, blocking = nodes_of(1)[0], nodes_of(1, "streaming", 3)[0], tiny_workload(run_spec(), 0)
+    sizes = [n.note_elements for n in (whole, parts, blocking)]
+    assert sizes[0] == whole.elements
+    assert sizes[0] / 3 <= sizes[1] <= sizes[0] / 3 + 2 * CHUNK
+    assert sizes[2] == 0
+
+
+def test_there_are_no_more_fragments_than_chunks() -> None:
+    with pytest.raises(ConfigError, match=r"fragments = 99: the model has \d+ chunks"):
+        nodes_of(1, "streaming", 99)

@@ -394,7 +394,7 @@ def test_a_mean_in_which_nobody_was_valid_does_not_count() -> None:
 
 def test_the_chunk_of_n2_goes_to_n0() -> None:
     """What the tests below count on."""
-    assert Attempt.of(without(2), THREE, 3).assigned[2].owner == "n0"
+    assert Attempt.of(without(2), THREE, range(3)).assigned[2].owner == "n0"
 
 
 def heir() -> Exchange:

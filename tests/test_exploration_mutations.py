@@ -176,7 +176,7 @@ def test_making_all_chunks_again_when_one_owner_is_lost_is_caught(monkeypatch: p
         if self.attempt is not None:
             plan = replace(self.attempt.plan, turns=(*attempt.plan.turns, turn))
             out[:] = [e for e in out if not isinstance(e, Send)]
-            self._open(type(attempt).of(plan, attempt.view, self.chunk_count), out)
+            self._open(type(attempt).of(plan, attempt.view, self.fragments.chunks(plan.round)), out)
 
     monkeypatch.setattr(Coordinator, "_replan", thorough)
     monkeypatch.setattr(Reducing, "own", lambda self, chunk: self.to_open.append(chunk))

@@ -195,7 +195,7 @@ def test_damaged_means_end_what_can_be_restored_and_are_told_apart(tmp_path: Pat
     run = Run(tmp_path)
     for _ in range(4):
         run.live()
-    flip(run.ledger.means.path(2), run.ledger.means._starts[1] + 5)
+    flip(run.ledger.means.path(2), run.ledger.means._layout(0).slot(1)[0] + 5)
     other = ledger(tmp_path, fresh())
     restored = other.restore()
     assert (restored.round, restored.digest) == (2, run.digests[2])
@@ -209,7 +209,7 @@ def test_what_is_found_to_be_damaged_when_a_peer_asks_is_not_given(tmp_path: Pat
     run = Run(tmp_path)
     run.live(snapshot=True)
     flip(run.ledger.snapshots.path(1), -3)
-    flip(run.ledger.means.path(0), run.ledger.means._starts[2] + 5)
+    flip(run.ledger.means.path(0), run.ledger.means._layout(0).slot(2)[0] + 5)
     with pytest.raises(ChunkUnavailableError, match="damaged"):
         run.ledger.read_state(1, 3)
     assert run.ledger.read_state(1, 0) == run.workload.export_state(0)

@@ -546,3 +546,25 @@ def test_after_any_history_the_file_says_only_what_was_once_so(history: list[tup
         check(disk, [None, FIRST.closed, FIRST.committed, SECOND.closed, SECOND.committed], str(history))
         if safe:
             assert readable(disk, safe)
+
+
+def test_with_fragments_a_round_has_slots_for_the_chunks_of_one_of_them() -> None:
+    sizes = (4, 9, 3, 5, 6)
+    disk = FaultyFiles()
+    kept = MeansFiles(DIRECTORY, RUN, sizes, disk, fragments=2)
+    for round, chunks in enumerate([range(2), range(2, 5), range(2)]):
+        payloads = {c: bytes([round + 1]) * sizes[c] for c in chunks}
+        infos = [
+            ChunkInfo(digest=blake3(p).digest(), contributors=b"\x01", total_weight=c + 1) for c, p in payloads.items()
+        ]
+        for chunk, payload in payloads.items():
+            kept.put(round, chunk, payload)
+        kept.close(round, infos)
+        again = MeansFiles(DIRECTORY, RUN, sizes, disk, fragments=2)
+        assert again.present(round, b"".join(i.digest for i in infos)) == set(chunks)
+        for (chunk, payload), info in zip(payloads.items(), infos, strict=True):
+            mean = again.read(round, chunk)
+            assert (mean.info, bytes(mean.payload)) == (info, payload)
+        other = next(c for c in range(5) if c not in chunks)
+        with pytest.raises(LocalError, match=f"chunk {other} is none of those of its round"):
+            kept.put(round, other, bytes(sizes[other]))

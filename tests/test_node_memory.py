@@ -208,6 +208,7 @@ async def test_three_nodes_agree_after_every_round_and_their_logs_replay(place: 
         ("int4", "int8", "blocking"),
         ("fp16", "int4", "overlapped"),
         ("e3m0", "same", "blocking"),
+        ("int8", "same", "streaming"),
     ],
 )
 async def test_three_nodes_train_one_model_and_agree_bit_for_bit(
@@ -220,7 +221,7 @@ async def test_three_nodes_train_one_model_and_agree_bit_for_bit(
         inner = {"batch_size": 4, "learning_rate": 5e-3, "warmup_steps": 2}
         exchange = {"chunk_elements": 2**13, "codec": codec, "mean_codec": mean_codec}
         run: dict[str, Any] = {"rounds": 3, "min_members": 3, "inner": inner, "sequence_length": 32}
-        run |= {"exchange": exchange, "mode": mode}
+        run |= {"exchange": exchange, "mode": mode, "fragments": STEPS}
         spec = place.config(name, **run).run
         async with place.node(name, tiny_workload(spec, name), **run) as node:
             found[name], losses[name] = {}, []

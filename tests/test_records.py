@@ -8,6 +8,7 @@ import pytest
 from blake3 import blake3
 from msgspec.structs import replace
 
+from prime_async.machines.fragments import Fragments
 from prime_async.machines.records import Records
 from prime_async.messages import FIRST_CHAIN, Commit, Included, Record, next_chain
 
@@ -35,7 +36,7 @@ OTHER = history(12, "other")
 
 
 def aimed(round: int = 11) -> Records:
-    records = Records(chunk_count=CHUNKS)
+    records = Records(Fragments(CHUNKS))
     records.aim(RUN[round].commit)
     return records
 
@@ -186,3 +187,11 @@ def test_an_older_commit_begins_anew() -> None:
     assert records.linked(3) is None
     assert records.take("n1", OTHER[4]) == []
     assert records.linked(4) == OTHER[4]
+
+
+def test_with_fragments_a_record_has_as_many_means_as_its_round_has_chunks() -> None:
+    """The records of this history have all chunks."""
+    for fragments in range(1, CHUNKS + 1):
+        records = Records(Fragments(CHUNKS, fragments))
+        records.aim(RUN[11].commit)
+        assert records.take("n1", RUN[11]) == ([] if fragments == 1 else ["n1"])

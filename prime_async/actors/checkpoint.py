@@ -171,6 +171,9 @@ class CheckpointActor:
         )
         self._post(read)
 
+    def _chunks(self, round: int) -> range:
+        return self._tensors.workload.fragments.chunks(round)
+
     @property
     def _count(self) -> int:
         return self._tensors.workload.chunk_count
@@ -211,7 +214,7 @@ class CheckpointActor:
         digests = b"".join(i.digest for i in infos or ())
         present = await self._tensors.run(ledger.means.present, round, digests) if infos else set()
         if (
-            len(present) < self._count or blake3(digests).digest() != effect.commit.digest
+            len(present) < len(self._chunks(round)) or blake3(digests).digest() != effect.commit.digest
         ):  # a loss of power may have left what was closed, and not all that was in it
             raise StorageError(f"{ledger.means.path(round)}: means are damaged that were safe")
         await self._tensors.run(ledger.commit_means, round, effect.commit, effect.previous)
@@ -274,7 +277,7 @@ class CheckpointActor:
                 self._applied.add(chunk)
 
         async with self._tensors.state_lock:
-            await self._tensors.for_each(advance, range(self._count))
+            await self._tensors.for_each(advance, self._chunks(round))
             digest = await self._tensors.run(self._tensors.workload.end_round)
             self._applied.clear()
         self._imported(round + 1, digest, ledger.find_commit(round))

@@ -116,7 +116,7 @@ class ExchangeActor:
         """By chunk."""
         others = {key.chunk: key for key in effect.exceptions}
         number = effect.epoch, effect.attempt
-        chunks = range(self._tensors.workload.chunk_count)
+        chunks = self._tensors.workload.fragments.chunks(effect.round)
         return {c: self._mean(others.get(c, mean_key(effect.round, c, number))) for c in chunks}
 
     def _mean(self, key: ChunkKey) -> Chunk:

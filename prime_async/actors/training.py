@@ -90,7 +90,7 @@ class TrainingActor:
             case Merge(round=round):
                 self._nursery.start_soon(self._merge, round)
             case GiveUp(round=round):
-                self._nursery.start_soon(self._give_up)
+                self._nursery.start_soon(self._give_up, round)
             case Evaluate():
                 self._nursery.start_soon(self._evaluate)
             case Restore():
@@ -139,7 +139,7 @@ class TrainingActor:
         round, state_digest = effect.round, self._tensors.workload.state_digest()
         chunks: dict[int, Chunk] = {}
         if effect.beside:
-            await self._tensors.for_each(self._tensors.workload.capture, self._chunks())
+            await self._tensors.for_each(self._tensors.workload.capture, self._chunks(round))
             self._post(Captured(round=round))
 
         def encode(chunk: int) -> None:
@@ -147,7 +147,7 @@ class TrainingActor:
             chunks[chunk] = Chunk(info=info, payload=payload)
 
         try:
-            await self._tensors.for_each(encode, self._chunks())
+            await self._tensors.for_each(encode, self._chunks(round))
         except NonFiniteError:
             self._post(Encoded(round=round, finite=False))
             return
@@ -164,13 +164,13 @@ class TrainingActor:
         """Not cancelled half-way: the outer state on disk, and at peers, is always that of a whole round."""
         self._keeper.served_round = None
         with trio.CancelScope(shield=True):
-            await self._tensors.for_each(lambda chunk: self._apply_chunk(effect, chunk), self._chunks())
+            await self._tensors.for_each(lambda chunk: self._apply_chunk(effect, chunk), self._chunks(effect.round))
             digest = await self._tensors.run(self._tensors.workload.end_round)
         self._keeper.applied(effect.round + 1)
         self._post(Applied(round=effect.round + 1, digest=digest))
 
-    def _chunks(self) -> range:
-        return range(self._tensors.workload.chunk_count)
+    def _chunks(self, round: int) -> range:
+        return self._tensors.workload.fragments.chunks(round)
 
     def _apply_chunk(self, effect: Apply, chunk: int) -> None:
         key = ChunkKey(kind="mean", round=effect.round, chunk=chunk)  # the settled one
@@ -186,11 +186,11 @@ class TrainingActor:
     async def _merge(self, round: int) -> None:
         """Not cancelled half-way, as the outer step."""
         with trio.CancelScope(shield=True):
-            await self._tensors.for_each(self._tensors.workload.merge, self._chunks())
+            await self._tensors.for_each(self._tensors.workload.merge, self._chunks(round))
         self._post(Merged(round=round))
 
-    async def _give_up(self) -> None:
-        await self._tensors.for_each(self._tensors.workload.give_up, self._chunks())
+    async def _give_up(self, round: int) -> None:
+        await self._tensors.for_each(self._tensors.workload.give_up, self._chunks(round))
         self._post(Restored())
 
     async def _evaluate(self) -> None:

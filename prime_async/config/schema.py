@@ -124,7 +124,12 @@ class RoundSettings(Settings):
 
     inner_steps: Annotated[
         int,
-        Field(ge=0, le=MAX_ROUND_STEPS, description="inner steps per round: H of the papers; 0: seconds is given"),
+        Field(
+            ge=0,
+            le=MAX_ROUND_STEPS,
+            description="inner steps after which a node exchanges the same weights again: H of the papers; 0: seconds "
+            "is given",
+        ),
     ] = 100
     seconds: Annotated[
         UpToADay,
@@ -229,12 +234,21 @@ class RunSpec(Settings):
     ] = 0
     round: RoundSettings = RoundSettings()
     mode: Annotated[
-        Literal["blocking", "overlapped"],
+        Literal["blocking", "overlapped", "streaming"],
         Field(
             description="blocking: exchange, then train on (INTELLECT-1, arXiv 2412.01152); overlapped: exchange while "
-            "the next inner steps run, and wait only if they are done first"
+            "the next inner steps run, and wait only if they are done first; streaming: the same for one of fragments "
+            "after the other (Streaming DiLoCo, 2501.18512), which takes the same bytes a link that is slower"
         ),
     ] = "blocking"
+    fragments: Annotated[
+        Positive,
+        Field(
+            le=2**16,
+            description="in mode streaming the weights are exchanged in so many parts; a round is that of one of them, "
+            "and lasts as many times shorter, so that each is exchanged once in round.inner_steps; no more than chunks",
+        ),
+    ] = 4
     min_members: Annotated[
         Positive,
         Field(
@@ -264,6 +278,21 @@ class RunSpec(Settings):
     def overlaps(self) -> bool:
         """Whether inner steps go on while a contribution is exchanged."""
         return self.mode != "blocking"
+
+    @property
+    def fragment_count(self) -> int:
+        """In how many parts the weights are exchanged."""
+        return self.fragments if self.mode == "streaming" else 1
+
+    @property
+    def steps_per_round(self) -> int:
+        """Inner steps from one contribution to the next; 0: they are those of :attr:`seconds_per_round`."""
+        return self.round.inner_steps // self.fragment_count
+
+    @property
+    def seconds_per_round(self) -> float:
+        """Seconds from one contribution to the next; 0: they are :attr:`steps_per_round`."""
+        return self.round.seconds / self.fragment_count
 
 
 class NodeSettings(Settings):
@@ -451,6 +480,16 @@ def _round_ends_in_one_way(config: Config) -> str | None:
     return "expected a number greater than 0 since run.round.inner_steps is 0: give one of the two, got 0.0"
 
 
+def _fragments_divide_the_round(config: Config) -> str | None:
+    run = config.run
+    if run.round.inner_steps % run.fragment_count == 0:
+        return None
+    return (
+        f"expected a number that divides run.round.inner_steps ({run.round.inner_steps}), so that all rounds are "
+        f"equally long, got {run.fragments}"
+    )
+
+
 def _round_weight_is_exact(config: Config) -> str | None:
     """Of a round that ends with the clock only one step is known; the machines limit what a contribution weighs."""
     run = config.run
@@ -522,6 +561,7 @@ def _micro_batches_fill_a_batch(config: Config) -> str | None:
 RULES: Final = (
     Rule(("run.failure_timeout_s", "run.heartbeat_s"), _timeout_outlasts_heartbeats),
     Rule(("run.round.seconds", "run.round.inner_steps"), _round_ends_in_one_way),
+    Rule(("run.fragments", "run.round.inner_steps", "run.mode"), _fragments_divide_the_round),
     Rule(("run.inner.batch_size", "run.sequence_length", "run.round.inner_steps"), _round_weight_is_exact),
     Rule(
         ("run.inner.total_steps", "run.inner.schedule", "run.rounds", "run.round.seconds"),

@@ -95,7 +95,7 @@ class Ledger:
         self.snapshots = Snapshots(
             directory, run_id, settings, workload.spans, self._chunks, files, workload.state_prefixes
         )
-        self.means = MeansFiles(directory, run_id, sizes, files)
+        self.means = MeansFiles(directory, run_id, sizes, files, workload.fragments.count)
         self.inner = InnerFile(directory, run_id, files)
         self._lock = threading.Lock()
         self._known: dict[int, StoredMeans] = {}  # of the rounds whose means are on disk, whole as far as is known
@@ -208,7 +208,7 @@ class Ledger:
 
     def _advance_if_sound(self, round: int, each: Each) -> bool:
         digests = b"".join(i.digest for i in self._known[round].infos)
-        if len(self.means.present(round, digests)) < self._chunks.count:
+        if len(self.means.present(round, digests)) < len(self._workload.fragments.chunks(round)):
             log.warning("means_damaged", round=round, path=str(self.means.path(round)))
             self._bad.add(round)
             return False
@@ -225,7 +225,7 @@ class Ledger:
 
     def advance(self, round: int, each: Each) -> bytes:
         """Take the outer step of ``round`` with its means. Returns the digest."""
-        each(lambda chunk: self.advance_chunk(round, chunk), range(self._chunks.count))
+        each(lambda chunk: self.advance_chunk(round, chunk), self._workload.fragments.chunks(round))
         return self._workload.end_round()
 
     def advance_chunk(self, round: int, chunk: int) -> None:
@@ -262,11 +262,12 @@ class Ledger:
     def missing_means(self, record: Record) -> tuple[int, ...]:
         """The chunks of a committed round that are not there."""
         present = self.means.present(record.commit.round, record.means)
-        return tuple(c for c in range(self._chunks.count) if c not in present)
+        return tuple(c for c in self._workload.fragments.chunks(record.commit.round) if c not in present)
 
     def put_committed(self, record: Record, chunk: int, payload: memoryview) -> None:
         """Raises :class:`ProtocolError` if it is not the mean that the record tells of."""
-        wanted = record.means[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
+        place = self._workload.fragments.chunks(record.commit.round).index(chunk)
+        wanted = record.means[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES]
         if payload.nbytes != self._workload.mean_bytes(chunk) or blake3(payload).digest() != wanted:
             raise ProtocolError(f"not the mean of chunk {chunk} that round {record.commit.round} committed")
         if not self._workload.check(chunk, payload):
@@ -326,7 +327,7 @@ class Ledger:
     def read_mean(self, round: int, chunk: int) -> Chunk:
         """A committed one. Raises :class:`ChunkUnavailableError` if it is not here, or damaged: then it is noted."""
         stored = self._known.get(round)
-        if stored is None or stored.commit is None or not 0 <= chunk < self._chunks.count:
+        if stored is None or stored.commit is None or chunk not in self._workload.fragments.chunks(round):
             raise ChunkUnavailableError(f"the means of round {round} are not here")
         try:
             return self.means.read(round, chunk)

@@ -38,6 +38,7 @@ from prime_async.ledger.means_format import (
     read_tail,
     slots,
 )
+from prime_async.machines.fragments import Fragments
 from prime_async.messages import DIGEST_BYTES, ChunkInfo, Commit, Included, Record
 from prime_async.transport.base import Chunk
 
@@ -47,11 +48,36 @@ ENDING: Final = ".means"
 
 @dataclass(frozen=True, slots=True)
 class StoredMeans:
-    """What a file says of its means; of each chunk in ``infos``. Without a commit, ``previous`` is unknown too."""
+    """What a file says of its means; of each of the round's chunks in ``infos``.
+
+    Without a commit, ``previous`` is unknown too.
+    """
 
     infos: tuple[ChunkInfo, ...]
     commit: Commit | None
     previous: bytes | None
+
+
+class _Layout:
+    """Where the payloads of the chunks of a round lie: those of one fragment."""
+
+    def __init__(self, run_id: bytes, chunks: range, payload_bytes: Sequence[int]) -> None:
+        self.chunks = chunks
+        self.sizes = tuple(payload_bytes[c] for c in chunks)
+        self.slots = slots(self.sizes)
+        *self._starts, end = accumulate(self.sizes, initial=SLOTS_START)
+        self.header = MeansHeader(run_id, end - SLOTS_START)
+
+    def place(self, chunk: int) -> int:
+        """Which of the round's chunks it is. Raises :class:`LocalError` if it is none of them."""
+        if chunk not in self.chunks:
+            raise LocalError(f"chunk {chunk} is none of those of its round, {self.chunks}")
+        return chunk - self.chunks.start
+
+    def slot(self, chunk: int) -> tuple[int, int]:
+        """Where its payload begins, and how long it is."""
+        place = self.place(chunk)
+        return self._starts[place], self.sizes[place]
 
 
 class MeansFiles:
@@ -62,18 +88,24 @@ class MeansFiles:
     """
 
     def __init__(
-        self, directory: Path, run_id: bytes, payload_bytes: Sequence[int], files: Files = LOCAL_FILES
+        self,
+        directory: Path,
+        run_id: bytes,
+        payload_bytes: Sequence[int],
+        files: Files = LOCAL_FILES,
+        fragments: int = 1,
     ) -> None:
         """``directory``: the node's. ``payload_bytes``: of the mean of each chunk."""
         self.directory = directory / DIRECTORY
         self._run_id = run_id
-        self._sizes = tuple(payload_bytes)
-        self._slots = slots(payload_bytes)
-        *self._starts, end = accumulate(payload_bytes, initial=SLOTS_START)
-        self._header = MeansHeader(run_id, end - SLOTS_START)
+        parts = self._fragments = Fragments(len(payload_bytes), fragments)
+        self._layouts = [_Layout(run_id, parts.chunks(f), payload_bytes) for f in range(fragments)]
         self._files = files
         self._beginning = threading.Lock()  # else one thread would cut off what another has just put
         self._decoded: tuple[bytes, Contents] | None = None  # the newest A: each chunk that is read wants it
+
+    def _layout(self, round: int) -> _Layout:
+        return self._layouts[self._fragments.of(round)]
 
     def path(self, round: int) -> Path:
         return self.directory / f"{round:012d}{ENDING}"
@@ -85,11 +117,12 @@ class MeansFiles:
         payload has the wrong size.
         """
         view = memoryview(payload).cast("B")
-        if view.nbytes != self._sizes[chunk]:
-            raise LocalError(f"the mean of chunk {chunk} has {view.nbytes} bytes instead of {self._sizes[chunk]}")
+        start, size = self._layout(round).slot(chunk)
+        if view.nbytes != size:
+            raise LocalError(f"the mean of chunk {chunk} has {view.nbytes} bytes instead of {size}")
         failure = f"the mean of chunk {chunk} could not be written"
         with translated(self.path(round), failure), self._open_to_write(round) as file:
-            file.write_at(self._starts[chunk], view)
+            file.write_at(start, view)
 
     def close(self, round: int, infos: Sequence[ChunkInfo]) -> None:
         """The slots hold the means of these ``infos``: what was put before this is on disk when it returns.
@@ -115,7 +148,7 @@ class MeansFiles:
 
         Raises :class:`ProtocolError` if it is of another round, or not of these chunks.
         """
-        if record.commit.round != round or not self._fits(record.means, record.included):
+        if record.commit.round != round or not self._fits(round, record.means, record.included):
             raise ProtocolError(f"the record of round {round} is another's: fetch it from another member")
         a = encode_item(self._contents(round, record.means, record.included))
         b = encode_settled(a, record.commit, record.previous)
@@ -153,24 +186,26 @@ class MeansFiles:
             tail = self._tail_of(file, round)
             if tail is None:
                 raise DamagedError(path, None, "it does not say what is in it")
-            info = _info(tail.contents, chunk)
-            payload = self._slot(file, chunk, info.digest)
+            info = _info(tail.contents, self._layout(round).place(chunk))
+            payload = self._slot(file, round, chunk, info.digest)
         if payload is None:
             raise DamagedError(path, chunk, "it does not have its digest, or the disk cannot read it")
         return Chunk(info, memoryview(payload))
 
     def present(self, round: int, digests: bytes) -> set[int]:
-        """The chunks whose slots hold payloads with these ``digests``, 32 bytes each, in chunk order."""
+        """The round's chunks whose slots hold payloads with these ``digests``, 32 bytes each, in chunk order."""
         wanted = [digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)]
-        if len(wanted) != len(self._sizes):
-            raise LocalError(f"{len(digests)} bytes of digests for {len(self._sizes)} chunks")
+        chunks = self._layout(round).chunks
+        if len(wanted) != len(chunks):
+            raise LocalError(f"{len(digests)} bytes of digests for {len(chunks)} chunks")
         path = self.path(round)
         with translated(path, "the means could not be read"):
             try:
                 with self._files.open(path, create=False) as file:
-                    if not self._is_begun(file):
+                    if not self._is_begun(file, round):
                         return set()
-                    return {c for c, digest in enumerate(wanted) if self._slot(file, c, digest) is not None}
+                    pairs = zip(chunks, wanted, strict=True)
+                    return {c for c, digest in pairs if self._slot(file, round, c, digest) is not None}
             except FileNotFoundError:
                 return set()
 
@@ -184,30 +219,31 @@ class MeansFiles:
         file = self._files.open(self.path(round), create=True)
         try:
             with self._beginning:
-                if not self._is_begun(file):
+                if not self._is_begun(file, round):
                     file.truncate(0)
-                    file.write_at(0, encode_means_header(self._header))
+                    file.write_at(0, encode_means_header(self._layout(round).header))
         except BaseException:
             file.close()
             raise
         return file
 
-    def _is_begun(self, file: File) -> bool:
+    def _is_begun(self, file: File, round: int) -> bool:
         """Whether it has the header of this run's means."""
         try:
-            return read_means_header(file) == self._header
+            return read_means_header(file) == self._layout(round).header
         except OSError as error:
             if error.errno != errno.EIO:  # what the disk has lost is fetched again
                 raise
             return False
 
     def _contents(self, round: int, means: bytes, runs: tuple[Included, ...]) -> Contents:
-        if not self._fits(means, runs):
-            raise LocalError(f"{len(means) // DIGEST_BYTES} infos for the means of {len(self._sizes)} chunks")
-        return Contents(format=FORMAT, run_id=self._run_id, round=round, slots=self._slots, means=means, included=runs)
+        layout = self._layout(round)
+        if not self._fits(round, means, runs):
+            raise LocalError(f"{len(means) // DIGEST_BYTES} infos for the means of {len(layout.chunks)} chunks")
+        return Contents(format=FORMAT, run_id=self._run_id, round=round, slots=layout.slots, means=means, included=runs)
 
-    def _fits(self, means: bytes, runs: Iterable[Included]) -> bool:
-        count = len(self._sizes)
+    def _fits(self, round: int, means: bytes, runs: Iterable[Included]) -> bool:
+        count = len(self._layout(round).chunks)
         return len(means) == count * DIGEST_BYTES and sum(run.chunks for run in runs) == count
 
     def _write(self, round: int, a: bytes, b: bytes | None, failure: str, *, sync: bool) -> None:
@@ -215,14 +251,15 @@ class MeansFiles:
 
         Even if all is there it is synced: a crash, or a failure, may have come between the writing and the sync.
         """
+        items_start = self._layout(round).header.items_start
         with translated(self.path(round), failure), self._open_to_write(round) as file:
             before = self._tail_of(file, round)
             same_a = before is not None and before.a == a
             b_before = before.b if before is not None and same_a else b""
             if not same_a:
-                self._overwrite(file, self._header.items_start, a + (b or b""))
+                self._overwrite(file, items_start, a + (b or b""))
             elif b is not None and b != b_before:
-                self._overwrite(file, self._header.items_start + len(a), b)
+                self._overwrite(file, items_start + len(a), b)
             if sync:
                 file.sync()
                 self._files.sync_directory(self.directory)
@@ -249,26 +286,28 @@ class MeansFiles:
                 return None
 
     def _tail_of(self, file: File, round: int) -> Tail | None:
-        if read_means_header(file) != self._header:
+        header = self._layout(round).header
+        if read_means_header(file) != header:
             return None
-        return read_tail(file, self._header, lambda a: self._understand(a, round))
+        return read_tail(file, header, lambda a: self._understand(a, round))
 
     def _understand(self, a: bytes, round: int) -> Contents | None:
         decoded = self._decoded
         contents = decoded[1] if decoded and decoded[0] == a else decode_contents(a)
-        if contents is None or contents.round != round or contents.slots != self._slots:
+        if contents is None or contents.round != round or contents.slots != self._layout(round).slots:
             return None
         self._decoded = a, contents
         return contents
 
-    def _slot(self, file: File, chunk: int, digest: bytes) -> bytes | None:
+    def _slot(self, file: File, round: int, chunk: int, digest: bytes) -> bytes | None:
+        start, size = self._layout(round).slot(chunk)
         try:
-            payload = file.read_at(self._starts[chunk], self._sizes[chunk])
+            payload = file.read_at(start, size)
         except OSError as error:
             if error.errno != errno.EIO:  # what the disk has lost is fetched again
                 raise
             return None
-        return payload if len(payload) == self._sizes[chunk] and blake3(payload).digest() == digest else None
+        return payload if len(payload) == size and blake3(payload).digest() == digest else None
 
 
 def included(infos: Sequence[ChunkInfo]) -> tuple[Included, ...]:
@@ -282,14 +321,14 @@ def included(infos: Sequence[ChunkInfo]) -> tuple[Included, ...]:
 
 def _infos(contents: Contents) -> tuple[ChunkInfo, ...]:
     who = (run for run in contents.included for _ in range(run.chunks))
-    return tuple(_info_of(contents, chunk, run) for chunk, run in enumerate(who))
+    return tuple(_info_of(contents, place, run) for place, run in enumerate(who))
 
 
-def _info(contents: Contents, chunk: int) -> ChunkInfo:
+def _info(contents: Contents, place: int) -> ChunkInfo:
     ends = list(accumulate(run.chunks for run in contents.included))
-    return _info_of(contents, chunk, contents.included[bisect_right(ends, chunk)])
+    return _info_of(contents, place, contents.included[bisect_right(ends, place)])
 
 
-def _info_of(contents: Contents, chunk: int, run: Included) -> ChunkInfo:
-    digest = contents.means[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
+def _info_of(contents: Contents, place: int, run: Included) -> ChunkInfo:
+    digest = contents.means[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES]
     return ChunkInfo(digest=digest, contributors=run.contributors, total_weight=run.total_weight)

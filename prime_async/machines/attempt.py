@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -26,8 +26,8 @@ def number_of(key: ChunkKey) -> Number:
     return key.epoch, key.attempt
 
 
-def misfit(plan: Plan, view: View, chunk_count: int) -> str:
-    """What is wrong with ``plan`` over ``view``, its round's view; "" if nothing."""
+def misfit(plan: Plan, view: View, chunks: Sequence[int]) -> str:
+    """What is wrong with ``plan`` over ``view``, its round's view, of ``chunks``; "" if nothing."""
     who = positions(plan.contributors)
     if len(who) != len(plan.weights) or not who or who[-1] >= len(view.members):
         return "the contributors do not fit the view"
@@ -36,7 +36,7 @@ def misfit(plan: Plan, view: View, chunk_count: int) -> str:
         return "the turns are not in order"
     if plan.turns[0].lost or any(p >= len(view.members) for t in plan.turns for p in positions(t.lost)):
         return "the turns do not fit the view"
-    if chunk_count and not assign(view, chunk_count, plan.turns):
+    if chunks and not assign(view, len(chunks), plan.turns):
         return "nobody is left to own a chunk"
     return ""
 
@@ -70,22 +70,23 @@ class Attempt:
 
     plan: Plan
     view: View
-    assigned: tuple[Assignment, ...]
+    assigned: dict[int, Assignment]  # by chunk
     weights: dict[str, int]  # contributor -> tokens, in the order of the view
     members: tuple[str, ...]
     numbers: dict[int, Number]  # of every chunk
 
     @staticmethod
-    def of(plan: Plan, view: View, chunk_count: int) -> Attempt:
+    def of(plan: Plan, view: View, chunks: Sequence[int]) -> Attempt:
+        """``chunks``: of the round. Who owns the i-th of them does not depend on which they are."""
         who = zip(positions(plan.contributors), plan.weights, strict=True)
-        assigned = assign(view, chunk_count, plan.turns)
+        assigned = dict(zip(chunks, assign(view, len(chunks), plan.turns), strict=True))
         return Attempt(
             plan=plan,
             view=view,
             assigned=assigned,
             weights={view.members[i].id: weight for i, weight in who},
             members=tuple(m.id for m in view.members),
-            numbers={chunk: (a.epoch, a.attempt) for chunk, a in enumerate(assigned)},
+            numbers={chunk: (a.epoch, a.attempt) for chunk, a in assigned.items()},
         )
 
     @property

@@ -34,6 +34,7 @@ from prime_async.machines.facts import (
     StateMended,
     StateNowhere,
 )
+from prime_async.machines.fragments import Fragments
 from prime_async.machines.keeping import Keeping, leads_to, means_from
 from prime_async.machines.providers import Download, Providers
 from prime_async.machines.records import Records
@@ -85,13 +86,16 @@ NOWHERE_AFTER = 10
 
 
 class CheckpointSettings(Struct, frozen=True, kw_only=True):
-    """What a checkpoint machine is made with. ``mean_bytes``, ``state_bytes``: of all chunks together.
+    """What a checkpoint machine is made with. ``mean_bytes``: of the chunks of a round together.
+
+    ``state_bytes``: of all chunks. ``fragments``: a round exchanges one of so many.
 
     ``window``: gets under way from each member. ``keep_snapshots`` is at least 1.
     """
 
     me: str
     chunk_count: int
+    fragments: int = 1
     mean_bytes: int = 1
     state_bytes: int = 8
     window: int = 2
@@ -152,7 +156,7 @@ class Checkpoint:
         s = self.settings
         self.providers = Providers(me=s.me, window=s.window, pause_s=5 * s.ask_again_s)
         self.download = Download(providers=self.providers, timeout_s=s.fetch_timeout_s)
-        self.catch_up = CatchUp(download=self.download, records=Records(chunk_count=s.chunk_count))
+        self.catch_up = CatchUp(download=self.download, records=Records(Fragments(s.chunk_count, s.fragments)))
         self.keeping = Keeping(every=s.snapshot_every, snapshots=s.keep_snapshots, rounds=s.keep_rounds)
 
     # --- the one way in -----------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ class Checkpoint:
         self.catch_up.give_up(out)
         self.catch_up.choose_snapshot(None, out)
         self.catch_up.stored.clear()
-        self.catch_up.records = Records(chunk_count=self.settings.chunk_count)
+        self.catch_up.records = Records(self.catch_up.records.fragments)
         self.halting = self.halted = False
         if self.own != self.told:
             self.told = self.own

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from prime_async.machines.attempt import SETTLED, Attempt, Means, Number, mean_key, number_of
 from prime_async.machines.fetches import Fetches
+from prime_async.machines.fragments import Fragments
 from prime_async.machines.gathering import Gathering
 from prime_async.machines.recovery import Recovery
 from prime_async.machines.reducing import Reducing
@@ -28,7 +29,7 @@ class Chunks:
     """See the module's rules. ``numbers``: under which the committed mean of each chunk is, or will be, here."""
 
     me: str
-    chunk_count: int
+    fragments: Fragments
     chunk_window: int
     mean_window: int
     repeat_s: float
@@ -173,14 +174,16 @@ class Chunks:
         self.commit = commit
         if self.reducing is not None:
             self.reducing.stop(now, out)
-        for chunk in range(self.chunk_count):
+        for chunk in self.fragments.chunks(commit.round):
             self.numbers[chunk] = self._follow_chunk(now, chunk, commit, view, out)
 
     def follow_anew(self, view: View) -> None:
         """The same, trusting nothing that is here."""
-        self.anew, self.numbers = True, dict.fromkeys(range(self.chunk_count), SETTLED)
+        assert self.commit is not None
+        chunks = self.fragments.chunks(self.commit.round)
+        self.anew, self.numbers = True, dict.fromkeys(chunks, SETTLED)
         self.means = Means()
-        for chunk in range(self.chunk_count):
+        for chunk in chunks:
             self._want_settled(chunk, view)
 
     def _follow_chunk(self, now: float, chunk: int, commit: Commit, view: View, out: list[Effect]) -> Number:

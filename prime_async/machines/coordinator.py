@@ -30,6 +30,7 @@ from prime_async.machines.attempt import Attempt, misfit
 from prime_async.machines.ballot import is_quorum
 from prime_async.machines.bandwidth import Bandwidth
 from prime_async.machines.facts import Fact, OwnersLost, RoundTakenOver, StateDiverged, WaitingForMembers
+from prime_async.machines.fragments import Fragments
 from prime_async.machines.owners import assign, eligible
 from prime_async.machines.views import Views
 from prime_async.machines.vocabulary import CommitReady, Effect, Report, Send, Tell, Weighed
@@ -57,7 +58,7 @@ class Coordinator:
     """
 
     me: str
-    chunk_count: int
+    fragments: Fragments
     min_members: int
     straggler_timeout_s: float
     views: Views
@@ -145,7 +146,7 @@ class Coordinator:
             return
         for attempt in (self.attempt, self.last):
             if attempt is not None and attempt.round == have.round:
-                owners = frozenset(a.owner for a in attempt.assigned)
+                owners = frozenset(a.owner for a in attempt.assigned.values())
                 self.bandwidth.report(peer, have, attempt.view, owners)
         if self.attempt is None or have.round != self.attempt.round:
             return
@@ -212,7 +213,7 @@ class Coordinator:
             if view is None:
                 out.append(Send(peer=peer, message=AskView(number=plan.view)))
                 return
-            if not misfit(plan, view, self.chunk_count):
+            if not misfit(plan, view, self.fragments.chunks(plan.round)):
                 self._carry_on(plan, view, out)
                 break
         self.taken_over = True
@@ -227,7 +228,7 @@ class Coordinator:
 
     def _carry_on(self, plan: Plan, view: View, out: list[Effect]) -> None:
         out.append(Report(fact=RoundTakenOver(round=plan.round, epoch=plan.epoch, attempt=plan.attempt)))
-        self.attempt = Attempt.of(plan, view, self.chunk_count)
+        self.attempt = Attempt.of(plan, view, self.fragments.chunks(plan.round))
         self._replan(out)
 
     # --- a plan -------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class Coordinator:
         self.haves, self.attempt = {}, None
         valid = self._valid(self.ready.items())
         who = [i for i, m in enumerate(self.view.members) if m.id in valid]
-        if not who or (self.chunk_count and not eligible(self.view)):
+        if not who or (self.fragments.chunks(self.round) and not eligible(self.view)):
             return
         epoch, attempt = self.view.epoch, self.next_attempt
         plan = Plan(
@@ -278,7 +279,7 @@ class Coordinator:
             turns=(Turn(epoch=epoch, attempt=attempt),),
         )
         self.views.keep(self.view)
-        self._open(Attempt.of(plan, self.view, self.chunk_count), out)
+        self._open(Attempt.of(plan, self.view, self.fragments.chunks(plan.round)), out)
 
     def _open(self, attempt: Attempt, out: list[Effect]) -> None:
         assert self.view is not None
@@ -298,7 +299,7 @@ class Coordinator:
         if not any(c in here for c in attempt.weights):
             self._begin_anew(attempt)
             self._try_plan(now, out)
-        elif any(a.owner not in here for a in attempt.assigned):
+        elif any(a.owner not in here for a in attempt.assigned.values()):
             self._replan(out)
         elif (fact := self._divergence(attempt)) is not None:
             self._say(fact, out)
@@ -319,11 +320,11 @@ class Coordinator:
         attempt = self.attempt
         assert attempt is not None
         here = attempt.still_here(self.view)
-        owners = {a.owner for a in attempt.assigned}
+        owners = {a.owner for a in attempt.assigned.values()}
         lost = [i for i, m in enumerate(attempt.view.members) if m.id in owners and m.id not in here]
         number = {"epoch": self.view.epoch, "attempt": self.next_attempt}
         turns = (*attempt.plan.turns, *([Turn(**number, lost=bitmap(lost))] if lost else []))
-        if self.chunk_count and not assign(attempt.view, self.chunk_count, turns):
+        if attempt.assigned and not assign(attempt.view, len(attempt.assigned), turns):
             self._begin_anew(attempt)
             self._plan(out)
             return
@@ -331,7 +332,7 @@ class Coordinator:
             peers = tuple(attempt.members[i] for i in lost)
             self._say(OwnersLost(round=attempt.round, peers=peers, **number), out)
         plan = replace(attempt.plan, **number, turns=turns)
-        self._open(Attempt.of(plan, attempt.view, self.chunk_count), out)
+        self._open(Attempt.of(plan, attempt.view, self.fragments.chunks(plan.round)), out)
 
     # --- a commit -----------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from prime_async.machines.chunks import Chunks
 from prime_async.machines.coordinator import Coordinator
 from prime_async.machines.facts import RoundIgnored, RoundPlanned
 from prime_async.machines.fetches import Fetches
+from prime_async.machines.fragments import Fragments
 from prime_async.machines.handover import Contribution, HandOver
 from prime_async.machines.views import Views
 from prime_async.machines.vocabulary import (
@@ -71,12 +72,14 @@ from prime_async.messages import (
 
 class ExchangeSettings(Struct, frozen=True, kw_only=True):
     """What an exchange machine is made with. Windows count gets under way: chunks reduced, means per source.
+    ``fragments``: a round exchanges one of so many, see :mod:`~prime_async.machines.fragments`.
 
     ``straggler_timeout_s``: a round waits so long for the last ones to be ready; 0: for ever.
     """
 
     me: str
     chunk_count: int
+    fragments: int = 1
     min_members: int = 1
     straggler_timeout_s: float = 0.0
     chunk_window: int = 4
@@ -104,6 +107,7 @@ class Exchange:
     said: Number = SETTLED  # plan for which ``Have`` was said
     repeat_at: float | None = None
     wake_at: float | None = None
+    fragments: Fragments = field(init=False)
     fetches: Fetches = field(init=False)
     chunks: Chunks = field(init=False)
     hand_over: HandOver = field(init=False)
@@ -111,10 +115,11 @@ class Exchange:
 
     def __post_init__(self) -> None:
         s = self.settings
+        self.fragments = Fragments(s.chunk_count, s.fragments)
         self.fetches = Fetches(timeout_s=s.fetch_timeout_s, retry_s=s.retry_s)
         self.chunks = Chunks(
             me=s.me,
-            chunk_count=s.chunk_count,
+            fragments=self.fragments,
             chunk_window=s.chunk_window,
             mean_window=s.mean_window,
             repeat_s=s.repeat_s,
@@ -123,7 +128,7 @@ class Exchange:
         self.hand_over = HandOver(me=s.me, repeat_s=s.repeat_s, chunks=self.chunks, views=self.views)
         self.coordinator = Coordinator(
             me=s.me,
-            chunk_count=s.chunk_count,
+            fragments=self.fragments,
             min_members=s.min_members,
             straggler_timeout_s=s.straggler_timeout_s,
             views=self.views,
@@ -349,12 +354,12 @@ class Exchange:
             self.early = plan
             out.append(Send(peer=peer, message=AskView(number=plan.view)))
             return
-        reason = misfit(plan, view, self.settings.chunk_count)
+        reason = misfit(plan, view, self.fragments.chunks(plan.round))
         if reason:
             out.append(Report(fact=RoundIgnored(peer=peer, round=plan.round, reason=reason)))
             return
         self.early, self.newest = None, (plan.epoch, plan.attempt)
-        attempt = Attempt.of(plan, view, self.settings.chunk_count)
+        attempt = Attempt.of(plan, view, self.fragments.chunks(plan.round))
         self.chunks.go_by(now, attempt, self.view, out)
         self._pin()
         fact = RoundPlanned(
@@ -362,7 +367,7 @@ class Exchange:
             epoch=plan.epoch,
             attempt=plan.attempt,
             contributors=len(attempt.weights),
-            chunks_owned=sum(a.owner == self.settings.me for a in attempt.assigned),
+            chunks_owned=sum(a.owner == self.settings.me for a in attempt.assigned.values()),
         )
         out.append(Report(fact=fact))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
+from prime_async.machines.fragments import Fragments
 from prime_async.messages import DIGEST_BYTES, FIRST_CHAIN, Commit, Record, next_chain
 
 
@@ -24,7 +25,7 @@ class Records:
     What is known stays so when there is a newer commit, though its own record may still have to come.
     """
 
-    chunk_count: int
+    fragments: Fragments
     newest: Commit | None = None
     decided: dict[int, Commit] = field(default_factory=dict)  # those that were the newest, by round
     known: dict[int, Record] = field(default_factory=dict)
@@ -90,11 +91,11 @@ class Records:
             self.bottom = below
 
     def _fits(self, record: Record, round: int, chain: bytes) -> bool:
-        commit = record.commit
+        commit, count = record.commit, len(self.fragments.chunks(round))
         return (
             commit.round == round
             and commit.chain == chain == next_chain(record.previous, commit.state, commit.digest)
-            and len(record.means) == DIGEST_BYTES * self.chunk_count
+            and len(record.means) == DIGEST_BYTES * count
             and blake3(record.means).digest() == commit.digest
-            and sum(run.chunks for run in record.included) == self.chunk_count
+            and sum(run.chunks for run in record.included) == count
         )

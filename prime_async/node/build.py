@@ -148,6 +148,7 @@ def machine_settings(
         exchange=ExchangeSettings(
             me=me.id,
             chunk_count=workload.chunk_count,
+            fragments=workload.fragments.count,
             min_members=run.min_members,
             straggler_timeout_s=run.straggler_timeout_s,
             fetch_timeout_s=timeout_s,
@@ -156,7 +157,8 @@ def machine_settings(
         checkpoint=CheckpointSettings(
             me=me.id,
             chunk_count=workload.chunk_count,
-            mean_bytes=sum(map(workload.mean_bytes, range(workload.chunk_count))),
+            fragments=workload.fragments.count,
+            mean_bytes=sum(map(workload.mean_bytes, range(workload.chunk_count))) // workload.fragments.count,
             state_bytes=sum(map(workload.state_bytes, range(workload.chunk_count))),
             window=catch_up_window(workload),
             fetch_timeout_s=timeout_s,
@@ -167,12 +169,13 @@ def machine_settings(
         ),
         training=TrainingSettings(
             me=me.id,
-            inner_steps=run.round.inner_steps,
-            seconds=run.round.seconds,
+            inner_steps=run.steps_per_round,
+            seconds=run.seconds_per_round,
             witness=node.witness,
             rounds=run.rounds,
             evaluate_every=node.evaluate_every,
             min_members=run.min_members,
             overlaps=run.overlaps and not node.witness,
+            fragments=workload.fragments.count,
         ),
     )

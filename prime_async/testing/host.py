@@ -43,7 +43,7 @@ class DiskMeans:
     commit: Commit | None = None
     previous: bytes | None = None
     missing: set[int] = field(default_factory=set)
-    wanted: list[bytes] = field(default_factory=list)
+    wanted: dict[int, bytes] = field(default_factory=dict)
     damaged: set[int] = field(default_factory=set)
     found: bool = False
 

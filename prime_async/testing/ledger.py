@@ -182,7 +182,7 @@ class SimLedger:
 
     def settle(self, node: SimNode, effect: Settle) -> None:
         """The committed means are those that are held as settled now."""
-        infos = {c: node.chunks[mean_key(effect.round, c, SETTLED)] for c in range(self.settings.chunk_count)}
+        infos = {c: node.chunks[mean_key(effect.round, c, SETTLED)] for c in self.settings.chunks(effect.round)}
         self._write(node, self._commit, effect, infos)
 
     def _write(self, node: SimNode, function: Callable[..., None], *args: object) -> None:
@@ -210,7 +210,7 @@ class SimLedger:
     def _store_means(self, node: SimNode, effect: StoreMeans) -> None:
         others = {key.chunk: key for key in effect.exceptions}
         number = effect.epoch, effect.attempt
-        keys = {c: others.get(c, mean_key(effect.round, c, number)) for c in range(self.settings.chunk_count)}
+        keys = {c: others.get(c, mean_key(effect.round, c, number)) for c in self.settings.chunks(effect.round)}
         known = node.disk.means.get(effect.round)
         if known is not None and known.wanted:
             return  # its committed means are being fetched: these are late
@@ -232,12 +232,13 @@ class SimLedger:
     def _open_round(self, node: SimNode, record: Record) -> None:
         round = record.commit.round
         means = node.disk.means.setdefault(round, DiskMeans(infos={}))
-        digests = [record.means[i : i + 32] for i in range(0, len(record.means), 32)]
+        chunks = self.settings.chunks(round)
+        digests = {c: record.means[32 * i : 32 * (i + 1)] for i, c in enumerate(chunks)}
         means.infos = {c: i for c, i in means.infos.items() if i.digest == digests[c] and c not in means.damaged}
         means.damaged.clear()
         means.found = False
         means.wanted = digests
-        missing = tuple(c for c in range(self.settings.chunk_count) if c not in means.infos)
+        missing = tuple(c for c in chunks if c not in means.infos)
         means.missing = set(missing)
         self._post(node, "checkpoint", RoundOpened(round=round, missing=missing))
 

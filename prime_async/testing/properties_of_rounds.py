@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from prime_async.machines.attempt import SETTLED, Number, mean_key, number_of
 from prime_async.machines.ballot import is_quorum
-from prime_async.machines.owners import assign
+from prime_async.machines.owners import Assignment, assign
 from prime_async.machines.vocabulary import (
     ActorName,
     AdoptMean,
@@ -183,7 +183,12 @@ class RoundProperties:
         """Of the chunk, under the newest plan of the round."""
         plan = self.plans[key.round, max(number for round, number in self.plans if round == key.round)]
         view = self.views.chosen[plan.view]
-        return assign(view, self.simulation.settings.chunk_count, plan.turns)[key.chunk].owner
+        return self._assigned(view, plan)[key.chunk].owner
+
+    def _assigned(self, view: View, plan: Plan) -> dict[int, Assignment]:
+        """By chunk of the round."""
+        chunks = self.simulation.settings.chunks(plan.round)
+        return dict(zip(chunks, assign(view, len(chunks), plan.turns), strict=True))
 
     def _on_plan(self, plan: Plan) -> None:
         self.plans[plan.round, (plan.epoch, plan.attempt)] = plan
@@ -197,7 +202,7 @@ class RoundProperties:
         if plan is None or view is None:
             return
         floors = self.refused[(node.id, node.start), answer.round]
-        for chunk, at in enumerate(assign(view, self.simulation.settings.chunk_count, plan.turns)):
+        for chunk, at in self._assigned(view, plan).items():
             if at.owner != node.id:
                 floors[chunk] = max(floors.get(chunk, SETTLED), (at.epoch, at.attempt))
 
@@ -259,13 +264,12 @@ class RoundProperties:
 
     def _on_have(self, node: SimNode, have: Have) -> None:
         """It holds means of exactly the numbers of its plan."""
-        chunk_count = self.simulation.settings.chunk_count
         plan = self.plans.get((have.round, (have.epoch, have.attempt)))
         view = self.views.chosen.get(plan.view) if plan is not None else None
         if plan is None or view is None:
             return
         digests = []
-        for chunk, at in enumerate(assign(view, chunk_count, plan.turns)):
+        for chunk, at in self._assigned(view, plan).items():
             key = mean_key(have.round, chunk, (at.epoch, at.attempt))
             held = node.chunks.get(self.adopted.get(key, key))
             if held is None:
@@ -302,14 +306,12 @@ class RoundProperties:
         if commit is None or base is None or commit == base.commit or (view.number, commit.digest) in self.looked_at:
             return
         self.looked_at.add((view.number, commit.digest))
-        chunks = self.means.get(commit.digest) or self._find(commit)
+        means = dict(zip(self.simulation.settings.chunks(commit.round), self._means_of(commit), strict=False))
         holders = [
-            voter.id
-            for voter in base.voters
-            if all(self._held_by(voter, commit.round, c, d) for c, d in enumerate(chunks))
+            voter.id for voter in base.voters if all(self._held_by(voter, commit.round, c, d) for c, d in means.items())
         ]
         self.require(
-            bool(chunks) and is_quorum(base, holders),
+            bool(means) and is_quorum(base, holders),
             QUORUM_HOLDS,
             lambda: f"{node.id} accepts {text_of(commit)}, which {holders} hold; it comes after {text_of(base)}",
         )
@@ -318,15 +320,19 @@ class RoundProperties:
         """It held it, if it has crashed since."""
         return any(p[0] == voter.id and self._is_of(voter, p) for p in self.held[round, chunk][digest])
 
+    def _means_of(self, commit: Commit) -> tuple[bytes, ...]:
+        """In the order of the round's chunks; () if nobody has them."""
+        return self.means.get(commit.digest) or self._find(commit)
+
     def _find(self, commit: Commit) -> tuple[bytes, ...]:
         """The chunks of the means of this common digest, which some node holds."""
-        count = self.simulation.settings.chunk_count
+        chunks = self.simulation.settings.chunks(commit.round)
         for node in self.simulation.nodes.values():
-            found: list[dict[bytes, None]] = [{} for _ in range(count)]
+            found: dict[int, dict[bytes, None]] = {chunk: {} for chunk in chunks}
             for key, info in node.chunks.items():
                 if key.kind == "mean" and key.round == commit.round:
                     found[key.chunk][info.digest] = None
-            for digests in islice(product(*found), MAX_COMBINATIONS):
+            for digests in islice(product(*found.values()), MAX_COMBINATIONS):
                 if blake3(b"".join(digests)).digest() == commit.digest:
                     self.means[commit.digest] = digests
                     return digests
@@ -336,7 +342,8 @@ class RoundProperties:
 
     def _on_apply(self, node: SimNode, effect: Apply) -> None:
         infos = []
-        for chunk in range(self.simulation.settings.chunk_count):
+        chunks = self.simulation.settings.chunks(effect.round)
+        for chunk in chunks:
             key = mean_key(effect.round, chunk, SETTLED)
             info = node.chunks.get(key)
             if info is None:
@@ -352,7 +359,7 @@ class RoundProperties:
             ONLY_COMMITTED,
             lambda: f"{node.id} applies {digest.hex()[:8]} for round {effect.round}; committed is {text_of(commit)}",
         )
-        for chunk, info in enumerate(infos):
+        for chunk, info in zip(chunks, infos, strict=True):
             self._used_up_if_counted(node, effect, chunk, info)
 
     def _on_advance(self, node: SimNode, round: int) -> None:

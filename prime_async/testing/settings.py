@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from prime_async.machines.fragments import Fragments
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationSettings:
     """The run, the network and the disks. Times are uniform between the two numbers of a pair.
 
-    ``seconds`` above 0: a round's training lasts so long, instead of ``inner_steps``. ``step_s``: of an inner step,
-    ``step_s_of`` for single nodes. ``overlaps``: inner steps go on during an exchange. ``loss`` and ``doubled`` are
-    chances per control message; ``latency_s`` is that of a message or of a chunk, beside its transfer.
-    ``bytes_per_s_of``: bandwidth of single nodes, each way; without it a transfer takes no time. ``snapshot_every``,
-    ``keep_snapshots``, ``keep_rounds``: as in ``[node]``. ``measured``: messages are encoded, for their bytes to be
-    counted.
+    ``fragments``: a round exchanges one of so many. ``seconds`` above 0: a round's training lasts so long, instead of
+    ``inner_steps``. ``step_s``: of an inner step, ``step_s_of`` for single nodes. ``overlaps``: inner steps go on
+    during an exchange. ``loss`` and ``doubled`` are chances per control message; ``latency_s`` is that of a message or
+    of a chunk, beside its transfer. ``bytes_per_s_of``: bandwidth of single nodes, each way; without it a transfer
+    takes no time. ``snapshot_every``, ``keep_snapshots``, ``keep_rounds``: as in ``[node]``. ``measured``: messages are
+    encoded, for their bytes to be counted.
     """
 
     chunk_count: int = 3
+    fragments: int = 1
     inner_steps: int = 4
     seconds: float = 0.0
     rounds: int = 0
@@ -42,3 +45,7 @@ class SimulationSettings:
     nat: frozenset[str] = frozenset()
     witnesses: frozenset[str] = frozenset()
     measured: bool = False
+
+    def chunks(self, round: int) -> range:
+        """Those that ``round`` exchanges."""
+        return Fragments(self.chunk_count, self.fragments).chunks(round)

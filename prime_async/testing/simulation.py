@@ -165,6 +165,7 @@ class Simulation:
             exchange=ExchangeSettings(
                 me=name,
                 chunk_count=s.chunk_count,
+                fragments=s.fragments,
                 min_members=s.min_members,
                 straggler_timeout_s=s.straggler_timeout_s,
                 fetch_timeout_s=s.fetch_timeout_s,
@@ -172,6 +173,7 @@ class Simulation:
             checkpoint=CheckpointSettings(
                 me=name,
                 chunk_count=s.chunk_count,
+                fragments=s.fragments,
                 fetch_timeout_s=s.fetch_timeout_s,
                 snapshot_every=s.snapshot_every,
                 keep_snapshots=s.keep_snapshots,
@@ -185,6 +187,7 @@ class Simulation:
                 min_members=s.min_members,
                 witness=witness,
                 overlaps=s.overlaps and not witness,
+                fragments=s.fragments,
             ),
         )
         node = SimNode(id=name, settings=settings, machines=settings.build(), disk=disk)
@@ -334,7 +337,7 @@ class Simulation:
             case AdoptMean():
                 self.store.adopt(node, effect)
             case Settle():
-                self.store.settle(node, effect, self._settings.chunk_count)
+                self.store.settle(node, effect, self._settings.chunks(effect.round))
                 node.settling = effect
                 self.ledger.settle(node, effect)
             case Reduce():

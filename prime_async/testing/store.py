@@ -72,9 +72,9 @@ class Store:
             raise BrokenModelError(f"{node.id} adopts {effect.found}, which is not here")
         self.put(node, effect.key, node.chunks[effect.found])
 
-    def settle(self, node: SimNode, effect: Settle, chunk_count: int) -> None:
+    def settle(self, node: SimNode, effect: Settle, chunks: range) -> None:
         exceptions = {k.chunk: k for k in effect.exceptions}
-        for chunk in range(chunk_count):
+        for chunk in chunks:
             settled = ChunkKey(kind="mean", round=effect.round, chunk=chunk)
             usual = ChunkKey(kind="mean", round=effect.round, chunk=chunk, epoch=effect.epoch, attempt=effect.attempt)
             key = exceptions.get(chunk, usual)

@@ -129,7 +129,7 @@ class Work:
 
     def _encode(self, node: SimNode, round: int, *, beside: bool) -> None:
         node.encoded = (round, node.steps)
-        for chunk in range(self.settings.chunk_count):
+        for chunk in self.settings.chunks(round):
             made = Contribution(node.id, node.start, chunk, node.base.get(chunk, 0), node.steps)
             info = ChunkInfo(digest=digest_of(round, made))
             self.contributions[info.digest] = made
@@ -142,7 +142,7 @@ class Work:
         """What came after the contribution stays."""
         assert node.encoded is not None
         assert node.encoded[0] == round
-        node.base = dict.fromkeys(range(self.settings.chunk_count), node.encoded[1])
+        node.base |= dict.fromkeys(self.settings.chunks(round), node.encoded[1])
         self.kernel.post(node, "training", Restored(), TENSOR_S)
 
     def _apply(self, node: SimNode, effect: Apply) -> None:
@@ -151,7 +151,7 @@ class Work:
         if node.state[0] != effect.round:
             raise BrokenModelError(f"{node.id} applies round {effect.round} to the state of round {node.state[0]}")
         means = []
-        for chunk in range(self.settings.chunk_count):
+        for chunk in self.settings.chunks(effect.round):
             mean = node.chunks[ChunkKey(kind="mean", round=effect.round, chunk=chunk)]
             means.append(mean.digest)
             if is_set(mean.contributors, effect.position):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prime_async.errors import ProtocolError
+from prime_async.machines.fragments import Fragments
 from prime_async.work.chunks import ChunkCodec, Chunks
 from prime_async.work.codec import Codec, as_bytes, as_tensor
 from prime_async.work.inner import Span
@@ -46,6 +47,10 @@ class BufferWorkload:
     def chunk_count(self) -> int:
         """See :class:`Workload`, as for all methods below."""
         return self._chunks.count
+
+    @property
+    def fragments(self) -> Fragments:
+        return Fragments(self.chunk_count)
 
     @property
     def round(self) -> int:

@@ -1,7 +1,8 @@
 """DiLoCo (arXiv 2311.08105): inner steps alone, outer steps on what all nodes moved in the mean.
 
 ``blocking``, as INTELLECT-1 ran it (arXiv 2412.01152): inner steps, exchange, outer step, one after the other.
-``overlapped``: the exchange runs beside the next inner steps.
+``overlapped``: the exchange runs beside the next inner steps. ``streaming``: so does that of one fragment after the
+other (Streaming DiLoCo, arXiv 2501.18512).
 """
 
 from __future__ import annotations
@@ -88,8 +89,11 @@ class DilocoWorkload(OuterWorkload):
 
     which is the delay-corrected merge: the next contribution is ``theta_{r+1} - x``, as if those inner steps had begun
     at theta_{r+1}. Where x has not moved since s it becomes theta_{r+1} itself, which in fp32 the sum is not: without a
-    delay this is the blocking form, bit for bit. The note takes 4 bytes a parameter, on the host: it holds s, then
-    the contribution, and then by how much x is to move.
+    delay this is the blocking form, bit for bit. The note takes 4 bytes for each parameter of the largest fragment, on
+    the host: it holds s, then the contribution, and then by how much x is to move.
+
+    *By fragments*: all of this for the chunks of one fragment in each round; x moves on in the others meanwhile. A
+    fragment is exchanged every ``fragments.count`` rounds.
 
     Where an inner step is in the schedule follows the run: at the beginning of round r it is at least at r times
     ``Pace.steps``, and never goes back while there is progress. So a node that is slow, or was away, has the rate that
@@ -122,7 +126,8 @@ class DilocoWorkload(OuterWorkload):
         self._threads = threads
         self._next_step = 0  # the schedule's, after the last one done
         self._next_batch = 0
-        self._notes = trainer.device.staging(self.elements if overlaps else 0)
+        self.note_elements = self._most_elements() if overlaps else 0
+        self._notes = trainer.device.staging(self.note_elements)
         self._moves = 0  # of the local weights by inner steps; 0 at the beginning, when they are the outer ones
         self._equal_at = [0] * self.chunk_count  # by chunk: after this many the local weights were the outer ones
         self._captured_at: dict[int, int] = {}  # by chunk: after so many they were noted
@@ -235,8 +240,16 @@ class DilocoWorkload(OuterWorkload):
             with self._outer.whole_theta() as theta:
                 return self.trainer.evaluate(weights=theta)
 
+    def _most_elements(self) -> int:
+        """Of one fragment."""
+        fragments = map(self.fragments.chunks, range(self.fragments.count))
+        return max(sum(map(self._outer.chunks.size, chunks)) for chunks in fragments)
+
     def _note(self, chunk: int) -> Tensor:
-        return self._notes[self._outer.chunks.span(chunk)]
+        """There is one for the chunks of one fragment: no two are exchanged at once."""
+        first = self.fragments.chunks(self.fragments.holding(chunk))[0]
+        start = (chunk - first) * self._outer.chunks.chunk_elements
+        return self._notes[start : start + self._outer.chunks.size(chunk)]
 
     def _local(self, chunk: int) -> Tensor:
         return self.trainer.flat[self._outer.chunks.span(chunk)]
@@ -296,7 +309,7 @@ def open_diloco(run: RunSpec, node: NodeSettings, stream: int) -> DilocoWorkload
     theta = torch.empty(trainer.flat.numel())
     trainer.device.to_host(trainer.flat, theta)
     trainer.device.synchronize()
-    outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
+    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     threads = node.threads or usable_cores()
     return DilocoWorkload(trainer, outer, codec, pace(run), threads, mean_codec, overlaps=run.overlaps)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from prime_async.config.schema import OuterSettings
-from prime_async.errors import LocalError, ProtocolError
+from prime_async.errors import ConfigError, LocalError, ProtocolError
+from prime_async.machines.fragments import Fragments
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import as_bytes, as_tensor
 
@@ -33,6 +34,8 @@ class OuterState:
     Every multiplication and addition is rounded for itself, in fp32. torch's own step is not used: its ``alpha=`` forms
     are fused on some processors and not on others.
 
+    With fragments a round moves one of them, the others stay as they are.
+
     Methods may be called from any thread. A chunk has a lock of its own: who exports it sees it before or after a step,
     never between. ``round`` and the digest change in ``end_round`` and ``end_import`` alone.
 
@@ -40,9 +43,20 @@ class OuterState:
     cache. The digest of the whole is the BLAKE3 of the round, 8 bytes little-endian, and the chunks' digests in order.
     """
 
-    def __init__(self, theta: Tensor, chunk_elements: int, settings: OuterSettings) -> None:
-        """``theta``, fp32 (n,) on the host, is taken over and not copied."""
+    def __init__(self, theta: Tensor, chunk_elements: int, settings: OuterSettings, fragments: int = 1) -> None:
+        """``theta``, fp32 (n,) on the host, is taken over and not copied.
+
+        Raises :class:`~prime_async.errors.ConfigError` if there are fewer chunks than ``fragments``.
+        """
         self.chunks = Chunks(theta.numel(), chunk_elements)
+        if fragments > self.chunks.count:
+            raise ConfigError(
+                [
+                    f"[run] fragments = {fragments}: the model has {self.chunks.count} chunks: take as many fragments "
+                    "at most, or a smaller exchange.chunk_elements"
+                ]
+            )
+        self.fragments = Fragments(self.chunks.count, fragments)
         self._theta = theta
         self._momentum = torch.zeros_like(theta)
         self._learning_rate = float(np.float32(settings.learning_rate))
@@ -97,8 +111,8 @@ class OuterState:
             self._digests[chunk] = self._hash(chunk)
 
     def end_round(self) -> bytes:
-        """Count the round, once every chunk was moved. Returns the digest."""
-        return self._close(self._round + 1, "apply")
+        """Count the round, once every chunk of it was moved. Returns the digest."""
+        return self._close(self._round + 1, self.fragments.chunks(self._round), "apply")
 
     def state_bytes(self, chunk: int) -> int:
         """Size of an exported chunk."""
@@ -135,14 +149,12 @@ class OuterState:
 
         If it is at that round already, chunks that were not imported stay as they are.
         """
-        if round == self._round:
-            self._changed = set(range(self.chunks.count))
-        return self._close(round, "import")
+        return self._close(round, range(0 if round == self._round else self.chunks.count), "import")
 
-    def _close(self, round: int, verb: str) -> bytes:
-        missing = self.chunks.count - len(self._changed)
+    def _close(self, round: int, chunks: range, verb: str) -> bytes:
+        missing = sum(chunk not in self._changed for chunk in chunks)
         if missing:
-            raise LocalError(f"{missing} of {self.chunks.count} chunks are missing: {verb} all of them first")
+            raise LocalError(f"{missing} of {len(chunks)} chunks are missing: {verb} all of them first")
         self._changed.clear()
         self._round = round
         self._digest = self._combine()

@@ -26,14 +26,14 @@ def pace(run: RunSpec) -> Pace:
     the rounds; if its end is not known it follows the node's own steps alone. Batches get room for the most
     steps that a round can have, so that none comes again, also after a restart.
     """
-    if run.round.inner_steps:
-        return Pace(run.round.inner_steps, run.round.inner_steps)
+    if run.steps_per_round:
+        return Pace(run.steps_per_round, run.steps_per_round)
     return Pace(total_steps(run) // run.rounds if run.rounds else 0, MAX_ROUND_STEPS)
 
 
 def total_steps(run: RunSpec) -> int:
     """Inner steps at which the schedule ends; 0: not known, for the run has no end, or rounds end with the clock."""
-    return run.inner.total_steps or run.rounds * run.round.inner_steps
+    return run.inner.total_steps or run.rounds * run.steps_per_round
 
 
 def learning_rate(step: int, settings: InnerSettings, total_steps: int) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prime_async.config.schema import NodeSettings, RunSpec
 from prime_async.errors import LocalError
+from prime_async.machines.fragments import Fragments
 from prime_async.work.chunks import ChunkCodec
 from prime_async.work.codec import Codec, make_codec
 from prime_async.work.device import set_threads
@@ -51,6 +52,10 @@ class OuterWorkload:
     @property
     def chunk_count(self) -> int:
         return self._outer.chunks.count
+
+    @property
+    def fragments(self) -> Fragments:
+        return self._outer.fragments
 
     @property
     def round(self) -> int:
@@ -156,7 +161,7 @@ def open_witness(run: RunSpec, node: NodeSettings) -> OuterWorkload:
     set_threads(node.threads)
     theta, spans = _initial_weights(run, node)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
-    outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
+    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count)
     return OuterWorkload(outer, spans, codec, mean_codec=mean_codec)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prime_async.machines.fragments import Fragments
     from prime_async.work.inner import Span
 
 
@@ -38,6 +39,11 @@ class Workload(Protocol):
     @property
     def chunk_count(self) -> int:
         """How many chunks the vector has."""
+        ...
+
+    @property
+    def fragments(self) -> Fragments:
+        """Which chunks a round exchanges."""
         ...
 
     @property
@@ -114,7 +120,7 @@ class Workload(Protocol):
         ...
 
     def end_round(self) -> bytes:
-        """After ``apply`` of every chunk: count the round. Returns the digest of the outer state, 32 bytes."""
+        """After ``apply`` of every chunk of the round: count it. Returns the digest of the outer state, 32 bytes."""
         ...
 
     def state_digest(self) -> bytes:
