@@ -49,7 +49,7 @@ contacts = st.builds(
 )
 
 INNER: dict[str, st.SearchStrategy[Any]] = {
-    "optimizer": st.just("adamw"),
+    "optimizer": st.sampled_from(["adamw", "muon", "sgd"]),
     "learning_rate": positive,
     "betas": st.tuples(decays, decays),
     "weight_decay": positive,

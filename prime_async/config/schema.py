@@ -83,7 +83,13 @@ class Settings(BaseModel):
 class InnerSettings(Settings):
     """The optimiser that each node runs alone."""
 
-    optimizer: Annotated[Literal["adamw"], Field(description="AdamW, with decoupled weight decay")] = "adamw"
+    optimizer: Annotated[
+        Literal["adamw", "muon", "sgd"],
+        Field(
+            description="adamw: AdamW, with decoupled weight decay; muon: Muon on the matrices of the layers, with the "
+            "step size of AdamW, and AdamW on the rest (needs torch 2.9); sgd: plain, to compare with"
+        ),
+    ] = "adamw"
     learning_rate: Annotated[float, Field(gt=0, description="peak learning rate")] = 4e-4
     betas: Annotated[tuple[Decay, Decay], Field(strict=False, description="AdamW's decay rates of the two moments")] = (
         0.9,

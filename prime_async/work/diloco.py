@@ -16,9 +16,10 @@ from torch import Tensor
 from prime_async.config.schema import NodeSettings, RunSpec
 from prime_async.errors import LocalError
 from prime_async.work.codec import Codec, make_codec
+from prime_async.work.corpus import Corpus
 from prime_async.work.device import Device, usable_cores
 from prime_async.work.factory import open_inner_trainer
-from prime_async.work.inner import Span
+from prime_async.work.inner import EVALUATION_BATCHES, Span
 from prime_async.work.outer import OuterState
 from prime_async.work.schedule import Pace, pace
 from prime_async.work.threads import torch_threads
@@ -65,7 +66,7 @@ class Trainer(Protocol):
         """Take over what ``optimizer_state`` gave. ``False``, and nothing has changed, if it does not fit."""
         ...
 
-    def evaluate(self, *, weights: Tensor | None = None) -> float:
+    def evaluate(self, batches: int | None = EVALUATION_BATCHES, weights: Tensor | None = None) -> float:
         """Held-out loss, nats per token, at ``flat``, or at ``weights``, which trade places with it meanwhile."""
         ...
 
@@ -232,13 +233,16 @@ class DilocoWorkload(OuterWorkload):
     def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:
         return self.trainer.load_optimizer_state(tensors)
 
-    def evaluate(self) -> float:
-        """If the local weights are others than the outer ones, the two trade places, and exporting waits meanwhile."""
+    def evaluate(self, batches: int | None = EVALUATION_BATCHES) -> float:
+        """Of so many ``batches``, or with ``None`` of all that is held out.
+
+        If the local weights are others than the outer ones, the two trade places, and exporting waits meanwhile.
+        """
         with torch_threads(self._threads):
             if all(map(self._is_equal, range(self.chunk_count))):
-                return self.trainer.evaluate()
+                return self.trainer.evaluate(batches)
             with self._outer.whole_theta() as theta:
-                return self.trainer.evaluate(weights=theta)
+                return self.trainer.evaluate(batches, weights=theta)
 
     def _most_elements(self) -> int:
         """Of one fragment."""
@@ -300,12 +304,12 @@ def build_workload(run: RunSpec, node: NodeSettings, stream: int) -> Workload:
     return open_witness(run, node) if node.witness else open_diloco(run, node, stream)
 
 
-def open_diloco(run: RunSpec, node: NodeSettings, stream: int) -> DilocoWorkload:
+def open_diloco(run: RunSpec, node: NodeSettings, stream: int, corpus: Corpus | None = None) -> DilocoWorkload:
     """The workload of a node that trains. ``stream`` in [0, 2^64) picks its data: another one for each node.
 
-    Raises as :func:`build_workload`.
+    ``corpus``: in place of the one of the settings. Raises as :func:`build_workload`.
     """
-    trainer = open_inner_trainer(run, node, stream)
+    trainer = open_inner_trainer(run, node, stream, corpus)
     theta = torch.empty(trainer.flat.numel())
     trainer.device.to_host(trainer.flat, theta)
     trainer.device.synchronize()

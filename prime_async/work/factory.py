@@ -68,11 +68,14 @@ def open_corpus(run: RunSpec, node: NodeSettings) -> Corpus:
     return corpus
 
 
-def open_inner_trainer(run: RunSpec, node: NodeSettings, stream: int) -> InnerTrainer:
-    """The trainer of a node, whose batches are those of ``stream``. Sets torch's threads for the whole process."""
+def open_inner_trainer(run: RunSpec, node: NodeSettings, stream: int, corpus: Corpus | None = None) -> InnerTrainer:
+    """The trainer of a node, whose batches are those of ``stream``. Sets torch's threads for the whole process.
+
+    ``corpus``: in place of the one of the settings.
+    """
     set_threads(node.threads)
     device = Device.open(node.device, node.precision)
-    corpus = open_corpus(run, node)
+    corpus = corpus or open_corpus(run, node)
     model = build_model(run, model_vocabulary(run, node, corpus))
     return InnerTrainer(model, corpus, run, device, stream, node.micro_batch_size, compiled=node.compile)
 

@@ -17,17 +17,16 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from prime_async.config.schema import InnerSettings, RunSpec
+from prime_async.config.schema import RunSpec
 from prime_async.errors import ConfigError
 from prime_async.work.corpus import Corpus
 from prime_async.work.device import Device
 from prime_async.work.llama import cross_entropy, max_z
+from prime_async.work.optimizer import InnerOptimizer
 from prime_async.work.schedule import learning_rate, total_steps
 from prime_async.work.workload import StepReport
 
 EVALUATION_BATCHES = 32
-MOMENTS = {"exp_avg", "exp_avg_sq", "step"}
-"""What AdamW keeps of each parameter."""
 SWAP_ELEMENTS = 2**20
 
 
@@ -72,7 +71,7 @@ class InnerTrainer:
         self._micro_batch_size = micro_batch_size or run.inner.batch_size
         self._total_steps = total_steps(run)
         self._forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
-        self._optimizer = _adamw(model, run.inner)
+        self._optimizer = InnerOptimizer(model, run.inner, corpus.vocab_size)
         _warn_of_buffers(model)
 
     @property
@@ -105,35 +104,22 @@ class InnerTrainer:
 
     def reset_optimizer(self) -> None:
         """Forget the moments, as in the first step."""
-        self._optimizer.state.clear()
+        self._optimizer.reset()
 
     def optimizer_state(self) -> Mapping[str, Tensor]:
         """The moments and step counts, by the name of the moment, a dot, and that of the parameter.
 
         Each is a copy on the host that is made when it is looked up; on a host device the tensor itself.
         """
-        return _HostCopies({f"{kind}.{name}": t for name, kind, t in self._moments()})
+        return _HostCopies({f"{kind}.{name}": t for name, kind, t in self._optimizer.moments()})
 
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> bool:
         """Take over what :meth:`optimizer_state` gave. ``False`` if it is of other parameters; nothing has changed."""
-        found: dict[Tensor, dict[str, Tensor]] = {}
-        parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
-            parameter = parameters.get(name)
-            if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
-                return False
-            found.setdefault(parameter, {})[kind] = tensor.to(parameter.device, torch.float32)
-        if len(found) != len(parameters) or any(set(moments) != MOMENTS for moments in found.values()):
-            return False
-        self._optimizer.state.update(found)
-        return True
-
-    def _moments(self) -> Iterator[tuple[str, str, Tensor]]:
-        names: dict[Tensor, str] = {p: n for n, p in self.model.named_parameters()}
-        for parameter, moments in self._optimizer.state.items():
-            for kind, tensor in sorted(moments.items()):
-                yield names[parameter], kind, tensor
+            found.setdefault(name, {})[kind] = tensor
+        return self._optimizer.load(found)
 
     def evaluate(self, batches: int | None = EVALUATION_BATCHES, weights: Tensor | None = None) -> float:
         """Held-out loss in nats per token of the current weights, or of ``weights``.
@@ -159,9 +145,7 @@ class InnerTrainer:
         clip = self.run.inner.clip_norm
         if 0 < clip < norm_value:
             self.gradients.mul_(clip / norm_value)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self._optimizer.step()
+        self._optimizer.step(self.learning_rate(step))
         return float(loss_value)
 
     def _accumulate(self, batch: int) -> Tensor:
@@ -260,17 +244,6 @@ def flatten(model: nn.Module, spans: list[Span], device: Device) -> tuple[Tensor
         parameter.grad = gradients[span.start : span.stop].view(span.shape)
     model.to(device.torch_device)  # what is left: buffers
     return flat, gradients
-
-
-def _adamw(model: nn.Module, settings: InnerSettings) -> torch.optim.AdamW:
-    """Decoupled weight decay (arXiv 1711.05101), on matrices only."""
-    trained = [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=settings.learning_rate, betas=settings.betas, fused=True)
 
 
 def _warn_of_buffers(model: nn.Module) -> None:

@@ -1,0 +1,182 @@
+"""The lab computes what nodes compute; and what the modes are, proven on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+from prime_async.config.schema import ExchangeSettings, InnerSettings, OuterSettings, RoundSettings, RunSpec
+from prime_async.lab.team import DataParallel, LabError, Team, no_delay
+from prime_async.log import read_log
+from prime_async.machines.vocabulary import Captured, Merged, StepsDone
+from prime_async.node.build import data_stream
+from tests.node_processes import NodeProcess, node_processes
+
+STREAMS = (11, 12, 13)
+H = 4
+
+
+def run_of(**settings: Any) -> RunSpec:
+    values: dict[str, Any] = {
+        "name": "lab",
+        "model": "llama-400k",
+        "sequence_length": 32,
+        "rounds": 8,
+        "round": RoundSettings(inner_steps=H),
+        "inner": InnerSettings(batch_size=2, learning_rate=4e-3, warmup_steps=4),
+        "exchange": ExchangeSettings(chunk_elements=2**16),
+    }
+    return RunSpec(**values | settings)
+
+
+def digests(team: Team, rounds: int = 4) -> list[bytes]:
+    return list(team.rounds(rounds))
+
+
+def weights_of(team: Team) -> torch.Tensor:
+    """The local weights of the first worker."""
+    return team.workers[0].workload.trainer.flat
+
+
+def test_one_plain_step_per_round_and_an_outer_step_of_1_are_data_parallel_training() -> None:
+    inner = InnerSettings(optimizer="sgd", batch_size=2, learning_rate=0.5, warmup_steps=0, clip_norm=0)
+    run = run_of(
+        round=RoundSettings(inner_steps=1),
+        inner=inner,
+        outer=OuterSettings(learning_rate=1.0, momentum=0.0),
+        exchange=ExchangeSettings(codec="fp32", chunk_elements=2**16),
+    )
+    team, together = Team(run, STREAMS), DataParallel(run, STREAMS)
+    start = together.trainer.flat.clone()
+    for _ in team.rounds(6):
+        together.train(1)
+        torch.testing.assert_close(weights_of(team), together.trainer.flat, rtol=0, atol=2e-6)
+    assert (together.trainer.flat - start).abs().max() > 1e-2
+
+
+def test_streaming_with_one_fragment_and_no_delay_is_blocking_bit_for_bit() -> None:
+    blocking = Team(run_of(), STREAMS)
+    streaming = Team(run_of(mode="streaming", fragments=1), STREAMS)
+    overlapped = Team(run_of(mode="overlapped"), STREAMS)
+    expected = digests(blocking)
+    assert len(set(expected)) == 4
+    assert digests(streaming) == digests(overlapped) == expected
+    assert torch.equal(weights_of(streaming), weights_of(blocking))
+
+
+@pytest.mark.parametrize(("mode", "fragments"), [("overlapped", 1), ("streaming", 2)])
+def test_workers_of_any_delay_have_the_same_outer_weights(mode: str, fragments: int) -> None:
+    run = run_of(mode=mode, fragments=fragments)
+    late = Team(run, STREAMS, delay=lambda worker, round: (worker + round) % (run.steps_per_round + 1))
+    assert len(set(digests(late))) == 4  # the team itself looks that they are equal
+    assert digests(Team(run, STREAMS)) != digests(Team(run, STREAMS, delay=lambda *_: 1))
+
+
+def test_a_run_is_the_same_in_pieces() -> None:
+    whole, pieces = Team(run_of(), STREAMS), Team(run_of(), STREAMS)
+    assert digests(whole, 4) == digests(pieces, 1) + digests(pieces, 3)
+
+
+def test_means_that_are_a_round_late_go_with_blocking_alone() -> None:
+    with pytest.raises(LabError, match="mode blocking, not overlapped"):
+        Team(run_of(mode="overlapped"), STREAMS, rounds_late=1)
+
+
+def losses(run: RunSpec, rounds: int) -> dict[str, float]:
+    """Held-out loss after the same steps on the same data."""
+    whole = run.model_copy(update={"mode": "overlapped"})
+    teams = {
+        "blocking": Team(run, STREAMS),
+        "overlapped": Team(whole, STREAMS, delay=lambda *_: 1),
+        "a whole round": Team(whole, STREAMS, delay=lambda *_: run.steps_per_round),
+        "naive": Team(run, STREAMS, rounds_late=1),
+    }
+    found = {}
+    for name, team in teams.items():
+        digests(team, rounds)
+        found[name] = team.evaluate(8)
+    return found
+
+
+def test_the_naive_delay_of_a_whole_round_loses() -> None:
+    """As a control: a correction that does nothing would lose as much."""
+    run = run_of(
+        rounds=24,
+        round=RoundSettings(inner_steps=10),
+        inner=InnerSettings(batch_size=4, learning_rate=4e-3, warmup_steps=20),
+        outer=OuterSettings(learning_rate=0.7, momentum=0.5),
+    )
+    found = losses(run, 24)
+    print(found)
+    assert found["blocking"] < 3.0
+    assert found["overlapped"] < found["blocking"] + 0.1
+    assert found["naive"] > found["a whole round"] + 0.15
+    assert found["naive"] > found["blocking"] + 0.3
+
+
+# --- real processes -------------------------------------------------------------------------------------------------
+
+
+def delays_of(node: NodeProcess) -> dict[int, int]:
+    """By round: the inner steps that it did between the boundary and the moment at which its local weights moved."""
+    return dict(_delays(node.directory / "node.log.cbor"))
+
+
+def _delays(path: Path) -> Iterator[tuple[int, int]]:
+    steps = 0
+    for record in read_log(path).records:
+        match record.event:
+            case Captured():
+                steps = 0
+            case StepsDone(steps=more):
+                steps += more
+            case Merged(round=round):
+                yield round, steps
+
+
+def run_lab(nodes: Sequence[NodeProcess]) -> dict[int, str]:
+    """The digest after each round, of a team that does what these nodes did."""
+    run = nodes[0].run
+    delays = [delays_of(node) for node in nodes] if run.overlaps else []
+    team = Team(
+        run, [data_stream(node.id) for node in nodes], delay=(lambda w, r: delays[w][r]) if delays else no_delay
+    )
+    return {round: digest.hex() for round, digest in enumerate(team.rounds(run.rounds))}
+
+
+@pytest.mark.parametrize("mode", ["blocking", "overlapped", "streaming"])
+async def test_real_processes_compute_what_the_lab_computes_bit_for_bit(tmp_path: Path, mode: str) -> None:
+    run = {
+        "name": "lab",
+        "model": "llama-400k",
+        "sequence_length": 32,
+        "rounds": 5,
+        "min_members": 3,
+        "mode": mode,
+        "fragments": 2,
+        "round": {"inner_steps": 20 if mode == "streaming" else 10},
+        "inner": {"batch_size": 2, "learning_rate": 4e-3, "warmup_steps": 4},
+        "exchange": {"chunk_elements": 2**14},
+    }
+    async with node_processes(tmp_path, run) as processes:
+        for name in "abc":
+            await processes.start(name, threads=1, record="node.log.cbor")
+        nodes = processes.started
+        with trio.fail_after(120):
+            for node in nodes:
+                await node.process.wait()
+        for node in nodes:
+            await node.until(lambda: node.has_ended)  # noqa: B023
+    planned = [fact["contributors"] for fact in nodes[0].told("round_planned")]
+    assert planned == [3] * 5
+    members = next(fact["members"] for fact in nodes[0].told("view_adopted") if len(fact["members"]) == 3)
+    told = {fact["round"]: fact["state_digest"] for fact in nodes[0].told("round_finished")}
+    ordered = sorted(nodes, key=lambda node: members.index(node.name))
+    assert run_lab(ordered) == told
+    if mode != "blocking":
+        assert sum(sum(delays_of(node).values()) for node in nodes) > 0  # there was something to correct
