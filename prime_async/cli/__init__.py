@@ -24,6 +24,7 @@ app.command("prime_async.cli.replay:replay", name="replay")
 app.command("prime_async.cli.audit:audit", name="audit")
 app.command("prime_async.cli.bench:app", name="bench")
 app.command("prime_async.cli.simulate:simulate", name="simulate")
+app.command("prime_async.cli.lab:lab", name="lab")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
