@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from tests.netlab import Lab, Links
+from prime_async.bench.netlab import Lab, Links
 from tests.node_processes import merged, node_processes
 
 if TYPE_CHECKING:

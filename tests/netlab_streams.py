@@ -1,6 +1,6 @@
 """What several streams per peer give on a long link that loses packets: ``python -m tests.netlab_streams --help``.
 
-Prints one JSON line for each number of streams. Needs what :mod:`tests.netlab` needs.
+Prints one JSON line for each number of streams. Needs what :mod:`prime_async.bench.netlab` needs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import trio
 
-from tests.netlab import Lab, Links
+from prime_async.bench.netlab import Lab, Links
 from tests.netlab_worker import remote
 
 

@@ -19,12 +19,13 @@ from typing import Any, Final
 import trio
 from blake3 import blake3
 
+from prime_async.bench.netlab import Lab, address
 from prime_async.errors import PrimeAsyncError
 from prime_async.messages import ChunkInfo, ChunkKey, Goodbye
 from prime_async.transport import keys
 from prime_async.transport.base import Chunk, Denied, Reachable, Received, Transport
 from prime_async.transport.zeromq import ZmqSettings, open_zmq
-from tests.netlab import ROOT, Lab, address
+from tests.processes import ROOT
 
 PATIENCE_S: Final = 60.0
 """How long a test waits for what must happen."""

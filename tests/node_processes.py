@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from prime_async.bench.netlab import Lab, address
 from prime_async.config.load import config_from
 from prime_async.config.template import node_toml
 from prime_async.transport.keys import read_key_file, write_key_file
-from tests.netlab import ROOT, Lab, address
+from tests.processes import ROOT
 
 if TYPE_CHECKING:
     from torch import nn

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parent.parent
 
 
 def processes_about(path: Path) -> list[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.netlab import PREFIX, ROOT, Lab, LabError, Links, address, why_not
+from prime_async.bench.netlab import PREFIX, Lab, LabError, Links, address, why_not
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
 
@@ -150,7 +151,7 @@ def test_a_lab_leaves_no_host_and_no_process(links: Links, fails: bool) -> None:
 def test_a_lab_whose_maker_is_killed_goes_away(links: Links) -> None:
     code = f"""
 import subprocess, sys, time
-from tests.netlab import Lab, {Links.__name__}
+from prime_async.bench.netlab import Lab, {Links.__name__}
 with Lab({links}) as lab:
     subprocess.Popen(lab.command(0, ["sleep", "1000"]))
     print("up", flush=True)

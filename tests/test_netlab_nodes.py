@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytest
 import trio
 
-from tests.netlab import Lab, Links, why_not
+from prime_async.bench.netlab import Lab, Links, why_not
 from tests.node_processes import (
     PACED_RUN,
     NodeProcess,

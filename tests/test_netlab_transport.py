@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import pytest
 import trio
 
-from tests.netlab import Lab, Links, why_not
+from prime_async.bench.netlab import Lab, Links, why_not
 from tests.netlab_streams import measure
 from tests.netlab_worker import Remote, remote
 from tests.transport_harness import port_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def resident_bytes() -> int:
 def peak_bytes(pid: int | None = None) -> int:
     """The most memory that this process had since :func:`reset_peak`, or that another one had since it started."""
     return _status("VmHWM", pid)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of all threads of a process, in user and in system mode, since it started."""
+    fields = _read(Path("/proc", str(pid), "stat")).rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def reset_peak() -> None:

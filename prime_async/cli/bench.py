@@ -22,6 +22,7 @@ from prime_async.bench.exchange import ExchangeBench, measure
 from prime_async.cli.demo_report import size
 
 app = App(name="bench", help="Measure this program on this machine.")
+app.command("prime_async.cli.bench_overlap:overlap", name="overlap")
 
 
 @app.command

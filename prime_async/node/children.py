@@ -107,19 +107,23 @@ def _log_path(directory: Path) -> Path:
 
 @asynccontextmanager
 async def node_process(
-    config: Config, directory: Path, on_change: Callable[[], None], before: Child | None = None
+    config: Config,
+    directory: Path,
+    on_change: Callable[[], None],
+    before: Child | None = None,
+    command: Callable[[list[str]], list[str]] = lambda words: words,
 ) -> AsyncIterator[Child]:
     """Run ``prime-async run`` on ``config``, written to ``directory``, for as long as the block lasts.
 
     The process ends with the block, whatever ends that: its stdin is closed, which stops the node at once, and if that
     is not enough it is killed. If we are killed ourselves, the system closes its stdin. ``before``: a process of the
-    same node that has ended.
+    same node that has ended. ``command``: the command line that runs another elsewhere.
     """
     path = directory / "node.toml"
     path.write_text(node_toml(config), encoding="utf-8")
     with _log_path(directory).open("ab" if before else "wb") as log:
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "prime_async", "run", str(path), "--events", "--stop-on-eof"],
+            command([sys.executable, "-m", "prime_async", "run", str(path), "--events", "--stop-on-eof"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -35,7 +35,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-ROOT: Final = Path(__file__).parent.parent
 SUBNET: Final = bytes([10, 77, 0])
 PREFIX: Final = "primelab"
 BATCH: Final = 64
@@ -108,13 +107,12 @@ class Lab:
         reason = why_not()
         if reason is not None:
             raise LabError(reason)
-        command = [sys.executable, "-m", "tests.netlab", self._name, json.dumps(asdict(self._links))]
+        command = [sys.executable, "-m", "prime_async.bench.netlab", self._name, json.dumps(asdict(self._links))]
         self._switch = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
             start_new_session=True,  # so that Ctrl-C reaches us first
         )
         try:
