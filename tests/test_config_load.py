@@ -113,7 +113,8 @@ def test_a_rule_is_not_checked_against_a_value_that_is_wrong_itself() -> None:
         ({"run__data_digest": "ab"}, 'run.data_digest: expected 64 lower-case hexadecimal digits, or "", got "ab"'),
         (
             {"run__mode": "blokking"},
-            'run.mode: expected one of "blocking", "overlapped", "streaming", got "blokking"; did you mean "blocking"?',
+            'run.mode: expected one of "blocking", "overlapped", "streaming", "eager", got "blokking"; '
+            'did you mean "blocking"?',
         ),
         (
             {"run__inner__schedule": "cosin"},

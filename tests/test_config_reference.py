@@ -76,7 +76,7 @@ def test_the_reference_has_a_row_for_every_setting_in_a_table_for_every_section(
         ("run.inner.schedule", 'one of "cosine", "wsd", "constant"'),
         ("run.exchange.chunk_elements", "a whole number from 256 to 2^26, a multiple of 256"),
         ("run.seed", "a whole number at least 0 and less than 2^63"),
-        ("run.mode", 'one of "blocking", "overlapped", "streaming"'),
+        ("run.mode", 'one of "blocking", "overlapped", "streaming", "eager"'),
         ("node.encrypt", "true or false"),
         ("node.record", 'a path, or ""'),
         ("node.port", "a whole number from 0 to 65535"),

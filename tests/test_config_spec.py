@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "da5bfac6894f74192d4db3a90d0f6dee190e7a1df9b4961088c448fa62b59f54"
+GOLDEN = "ce06423bff898c785e91638708d08de8c6e2f6c5b1d5c3592df89f1c94c658e9"
 
 
 def run_of(text: str) -> RunSpec:

@@ -70,6 +70,7 @@ ROUND: dict[str, st.SearchStrategy[Any]] = {
 EXCHANGE: dict[str, st.SearchStrategy[Any]] = {
     "codec": st.sampled_from(["int8", "fp32"]),
     "mean_codec": st.sampled_from(["same", "int8", "int4"]),
+    "error_feedback": st.booleans(),
     "chunk_elements": st.integers(1, 2**18).map(lambda n: 256 * n),
 }
 RUN: dict[str, st.SearchStrategy[Any]] = {
@@ -82,7 +83,7 @@ RUN: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "rounds": counts,
     "round": st.one_of([st.builds(RoundSettings, **{name: values}) for name, values in ROUND.items()]),
-    "mode": st.sampled_from(["blocking", "overlapped"]),  # of streaming not all settings go together
+    "mode": st.sampled_from(["blocking", "overlapped", "eager"]),  # of streaming not all settings go together
     "fragments": st.integers(1, 2**16),
     "min_members": st.integers(1, 2**16),
     "heartbeat_s": st.floats(1e-3, 100),

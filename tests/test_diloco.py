@@ -66,7 +66,17 @@ def tiny_workload(run: RunSpec, stream: int) -> DilocoWorkload:
     trainer = InnerTrainer(build_llama(TINY, run.seed), open_shakespeare(run.seed), run, Device.open("cpu"), stream)
     outer = OuterState(trainer.flat.clone(), run.exchange.chunk_elements, run.outer, run.fragment_count)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
-    return DilocoWorkload(trainer, outer, codec, pace(run), 1, mean_codec, overlaps=run.overlaps)
+    return DilocoWorkload(
+        trainer,
+        outer,
+        codec,
+        pace(run),
+        1,
+        mean_codec,
+        overlaps=run.overlaps,
+        error_feedback=run.exchange.error_feedback,
+        eager=run.mode == "eager",
+    )
 
 
 def tiny_witness(run: RunSpec) -> OuterWorkload:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from prime_async.config.schema import RunSpec
+from prime_async.config.schema import ExchangeSettings, RunSpec
 from prime_async.errors import ConfigError, LocalError, NonFiniteError, ProtocolError
 from prime_async.work.codec import make_codec
 from prime_async.work.diloco import DilocoWorkload
@@ -56,9 +56,9 @@ def mean_of(node: Workload, contributions: Sequence[Sequence[memoryview]]) -> li
     return means
 
 
-def apply(node: Workload, means: Sequence[memoryview], included: bool = True) -> bytes:
+def apply(node: Workload, means: Sequence[memoryview], included: bool = True, share: float = 0.5) -> bytes:
     for chunk, mean in zip(chunks(node), means, strict=True):
-        node.apply_beside(chunk, mean, included)
+        node.apply_beside(chunk, mean, included, share)
     return node.end_round()
 
 
@@ -185,7 +185,7 @@ def test_restore_forgets_what_was_noted() -> None:
     node.restore()
     assert torch.equal(local_weights(node), outer_weights(node))
     with pytest.raises(LocalError, match="capture it first"):
-        node.apply_beside(0, means[0], True)
+        node.apply_beside(0, means[0], True, 1.0)
     with pytest.raises(LocalError, match="no contribution to give up"):
         node.give_up(0)
 
@@ -196,7 +196,7 @@ def test_a_mean_that_is_not_valid_changes_nothing() -> None:
     means = mean_of(node, [capture(node)])
     for wrong in (means[0][:-1], memoryview(b"\xff" * means[0].nbytes)):
         with pytest.raises(ProtocolError):
-            node.apply_beside(0, wrong, True)
+            node.apply_beside(0, wrong, True, 1.0)
     fine = nodes_of(1)[0]
     fine.train(H, ignore)
     capture(fine)
@@ -305,3 +305,158 @@ def test_a_note_is_as_long_as_the_largest_fragment() -> None:
 def test_there_are_no_more_fragments_than_chunks() -> None:
     with pytest.raises(ConfigError, match=r"fragments = 99: the model has \d+ chunks"):
         nodes_of(1, "streaming", 99)
+
+
+# --- error feedback -------------------------------------------------------------------------------------------------
+
+
+def feeding_back(mode: str, codec: str = "int4") -> RunSpec:
+    exchange = ExchangeSettings.model_validate({"codec": codec, "chunk_elements": CHUNK, "error_feedback": True})
+    return run_spec().model_copy(update={"mode": mode, "exchange": exchange})
+
+
+def decoded(node: Workload, payloads: Sequence[memoryview], codec: str = "int4") -> torch.Tensor:
+    """All chunks, one after the other."""
+    parts = []
+    for chunk, payload in enumerate(payloads):
+        part = torch.empty(min(CHUNK, node.elements - chunk * CHUNK))
+        make_codec(codec).decode(torch.frombuffer(bytearray(payload), dtype=torch.uint8), part)  # type: ignore[arg-type]
+        parts.append(part)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("mode", ["blocking", "overlapped", "eager"])
+def test_what_the_codec_drops_stays_in_the_local_weights_and_enters_the_next_contribution(mode: str) -> None:
+    node = tiny_workload(feeding_back(mode), 0)
+    node.train(H, ignore)
+    progress = outer_weights(node) - local_weights(node)
+    own = capture(node) if mode == "overlapped" else [encoded(node, chunk) for chunk in chunks(node)]
+    dropped = progress - decoded(node, own)
+    assert dropped.abs().max() > 1e-4
+    if mode == "eager":
+        for chunk in chunks(node):
+            node.jump(chunk, own[chunk])
+    for chunk, mean in enumerate(mean_of(node, [own])):
+        if mode == "blocking":
+            node.apply(chunk, mean, True, own[chunk])
+        else:
+            node.apply_beside(chunk, mean, True, 1.0)
+    node.end_round()
+    if mode != "blocking":
+        merge(node)
+    torch.testing.assert_close(outer_weights(node) - local_weights(node), dropped, rtol=0, atol=1e-6)
+
+
+def test_without_what_was_contributed_it_is_not_known_what_was_dropped() -> None:
+    node = tiny_workload(feeding_back("blocking"), 0)
+    node.train(1, ignore)
+    with pytest.raises(LocalError, match="is not here"):
+        node.apply(0, encoded(node, 0), True)
+
+
+# --- eager ----------------------------------------------------------------------------------------------------------
+
+
+def jump(node: Workload) -> list[memoryview]:
+    """The contribution; the local weights have moved by an estimate."""
+    payloads = [encoded(node, chunk) for chunk in chunks(node)]
+    for chunk, payload in zip(chunks(node), payloads, strict=True):
+        node.jump(chunk, payload)
+    return payloads
+
+
+def test_alone_the_estimate_is_the_outer_step_itself() -> None:
+    """There is nobody whose contribution could be stale; the first round, and one with momentum."""
+    node = tiny_workload(overlapped("eager").model_copy(update={"exchange": ExchangeSettings(codec="fp32")}), 0)
+    for _ in range(2):
+        node.train(H, ignore)
+        own = jump(node)
+        estimate = local_weights(node).clone()
+        apply(node, mean_of(node, [own]), share=1.0)
+        assert close(estimate, outer_weights(node))
+        merge(node)
+        assert torch.equal(local_weights(node), outer_weights(node))
+
+
+def test_the_estimate_has_the_fresh_contribution_of_this_node_and_the_stale_ones_of_the_others() -> None:
+    run = overlapped("eager").model_copy(update={"exchange": ExchangeSettings(codec="fp32", chunk_elements=CHUNK)})
+    nodes = [tiny_workload(run, stream) for stream in range(2)]
+    first: list[list[memoryview]] = []
+    for node in nodes:
+        node.train(H, ignore)
+        first.append(jump(node))
+    means = mean_of(nodes[0], first)
+    for node in nodes:
+        apply(node, means)
+        merge(node)
+        node.train(H, ignore)
+    one, reference = nodes[0], tiny_workload(run, 0)
+    hand_over(one, reference)
+    fresh = [encoded(one, chunk) for chunk in chunks(one)]
+    parts = [decoded(one, payloads, "fp32") for payloads in (means, fresh, first[0])]
+    gradient = parts[0] + 0.5 * (parts[1] - parts[2])
+    jump(one)
+    for chunk in chunks(reference):
+        piece = gradient[chunk * CHUNK : (chunk + 1) * CHUNK].numpy().tobytes()
+        reference.apply_beside(chunk, memoryview(piece), False, 0.0)
+    reference.end_round()
+    torch.testing.assert_close(local_weights(one), outer_weights(reference), rtol=0, atol=2e-6)
+
+
+def test_an_estimate_is_put_right_when_the_mean_comes_and_later_steps_stay() -> None:
+    nodes = nodes_of(2, "eager")
+    for _ in range(2):
+        for node in nodes:
+            node.train(H, ignore)
+        means = mean_of(nodes[0], [jump(node) for node in nodes])
+        starts = [local_weights(node).clone() for node in nodes]
+        for node in nodes:
+            node.train(2, ignore)
+        ends = [local_weights(node).clone() for node in nodes]
+        assert len({apply(node, means) for node in nodes}) == 1
+        for node, start, end in zip(nodes, starts, ends, strict=True):
+            merge(node)
+            assert close(local_weights(node), outer_weights(node) + (end - start))
+
+
+def fp32_eager(count: int) -> list[DilocoWorkload]:
+    run = overlapped("eager").model_copy(update={"exchange": ExchangeSettings(codec="fp32", chunk_elements=CHUNK)})
+    return [tiny_workload(run, stream) for stream in range(count)]
+
+
+def test_a_contribution_that_is_in_no_mean_is_progress_again() -> None:
+    one, other = fp32_eager(2)
+    for node in (one, other):
+        node.train(H, ignore)
+    progress = outer_weights(one) - local_weights(one)
+    jump(one)
+    start = local_weights(one).clone()
+    one.train(1, ignore)
+    later = start - local_weights(one)
+    apply(one, mean_of(other, [jump(other)]), included=False)
+    merge(one)
+    assert close(outer_weights(one) - local_weights(one), progress + later)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_after_a_missed_commit_a_contribution_is_given_up_or_taken_back(counted: bool) -> None:
+    ahead, node = fp32_eager(2)
+    for one in (ahead, node):
+        one.train(H, ignore)
+    progress = outer_weights(node) - local_weights(node)
+    jump(node)
+    start = local_weights(node).clone()
+    node.train(2, ignore)
+    later = start - local_weights(node)
+    apply(ahead, mean_of(ahead, [jump(ahead)]))
+    merge(ahead)
+    hand_over(ahead, node)
+    for chunk in chunks(node):
+        (node.give_up if counted else node.take_back)(chunk)
+    expected = later if counted else progress + later
+    assert close(outer_weights(node) - local_weights(node), expected)
+
+
+def test_what_was_not_contributed_cannot_be_taken_back() -> None:
+    with pytest.raises(LocalError, match="no contribution to take back"):
+        nodes_of(1, "eager")[0].take_back(0)

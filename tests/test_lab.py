@@ -69,7 +69,7 @@ def test_streaming_with_one_fragment_and_no_delay_is_blocking_bit_for_bit() -> N
     assert torch.equal(weights_of(streaming), weights_of(blocking))
 
 
-@pytest.mark.parametrize(("mode", "fragments"), [("overlapped", 1), ("streaming", 2)])
+@pytest.mark.parametrize(("mode", "fragments"), [("overlapped", 1), ("streaming", 2), ("eager", 1)])
 def test_workers_of_any_delay_have_the_same_outer_weights(mode: str, fragments: int) -> None:
     run = run_of(mode=mode, fragments=fragments)
     late = Team(run, STREAMS, delay=lambda worker, round: (worker + round) % (run.steps_per_round + 1))
@@ -149,7 +149,7 @@ def run_lab(nodes: Sequence[NodeProcess]) -> dict[int, str]:
     return {round: digest.hex() for round, digest in enumerate(team.rounds(run.rounds))}
 
 
-@pytest.mark.parametrize("mode", ["blocking", "overlapped", "streaming"])
+@pytest.mark.parametrize("mode", ["blocking", "overlapped", "streaming", "eager"])
 async def test_real_processes_compute_what_the_lab_computes_bit_for_bit(tmp_path: Path, mode: str) -> None:
     run = {
         "name": "lab",

@@ -90,8 +90,8 @@ class Walker(BufferWorkload):
             torch.add(self._view(chunk), math.nan if self.broken else self.moved, out=scratch)
             self._codec.encode(scratch, out, scratch)
 
-    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
-        super().apply(chunk, mean, included)
+    def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
+        super().apply(chunk, mean, included, own)
         self.kept = not included
 
     def end_round(self) -> bytes:
@@ -209,6 +209,7 @@ async def test_three_nodes_agree_after_every_round_and_their_logs_replay(place: 
         ("fp16", "int4", "overlapped"),
         ("e3m0", "same", "blocking"),
         ("int8", "same", "streaming"),
+        ("int4", "same", "eager"),
     ],
 )
 async def test_three_nodes_train_one_model_and_agree_bit_for_bit(

@@ -65,9 +65,9 @@ class Noting(BufferWorkload):
             assert self.permits.acquire(timeout=LIMIT_S)
             on_step(StepReport(step=step + 1, loss=1.0, tokens=10, seconds=0.0))
 
-    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
+    def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         self.included[chunk] = included
-        super().apply(chunk, mean, included)
+        super().apply(chunk, mean, included, own)
 
     def import_state(self, chunk: int, data: memoryview) -> None:
         if not self.check(chunk, data):

@@ -33,6 +33,7 @@ from prime_async.machines.vocabulary import (
     StateAt,
     StepsDone,
     StopSteps,
+    TakeBack,
     ViewChanged,
 )
 from prime_async.messages import FIRST_CHAIN
@@ -288,3 +289,38 @@ def test_a_contribution_to_the_round_that_is_open_still_stays_as_it_is() -> None
     give(node, Halt(), done(steps=4, tokens=40))
     assert give(node, Begin(round=0)) == [RunSteps(round=0, steps=6)]
     assert of(Apply, give(node, means())) == [Apply(round=0, position=1, beside=True)]
+
+
+# --- eager ----------------------------------------------------------------------------------------------------------
+
+
+def eager() -> Training:
+    """It has contributed, and steps on from an estimate."""
+    node = Training(TrainingSettings(me="n1", inner_steps=10, overlaps=True, eager=True))
+    give(node, StateAt(round=0, digest=DIGEST, chain=FIRST_CHAIN), seen(), Begin(round=0), Evaluated(loss=5.0))
+    assert of(Encode, give(node, done())) == [Encode(round=0, beside=True, eager=True)]
+    give(node, Captured(round=0), Encoded(round=0, finite=True))
+    return node
+
+
+def test_an_eager_node_goes_on_from_an_estimate_and_is_told_its_weight_with_the_means() -> None:
+    node = eager()
+    assert node.phase == "stepping"
+    assert of(Apply, give(node, means())) == [Apply(round=0, position=1, beside=True, weight=100)]
+
+
+def test_an_eager_node_takes_back_a_contribution_that_nobody_took() -> None:
+    node = eager()
+    give(node, Halt(), done(steps=4, tokens=40))
+    assert give(node, Begin(round=5)) == [TakeBack(round=0)]
+    effects = give(node, Restored())
+    assert of(Encode, effects) == [Encode(round=5, beside=True, eager=True)]
+    effects = give(node, Captured(round=5), Encoded(round=5, finite=True))
+    assert told(effects, "exchange") == [ContributionFixed(round=5, weight=140)]
+
+
+def test_an_eager_node_gives_up_a_contribution_that_others_took() -> None:
+    node = eager()
+    give(node, ContributionTaken(round=0), Halt(), done(steps=4, tokens=40))
+    assert give(node, Begin(round=5)) == [GiveUp(round=0)]
+    assert give(node, Restored()) == [RunSteps(round=5, steps=6)]

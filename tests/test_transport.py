@@ -706,6 +706,14 @@ def test_a_full_inbox_drops_messages_and_counts_them() -> None:
     assert inbox.traffic.control_dropped == 3
 
 
+def test_what_comes_while_a_transport_is_being_closed_is_let_go() -> None:
+    """Defect: a socket that was read to its end after that ended the node with an error."""
+    inbox = Inbox(max_violations=3, on_shut_out=lambda _peer: None)
+    inbox.close()
+    inbox.received("a", [memoryview(encode(note("x")))])
+    assert inbox.traffic.control_dropped == 0
+
+
 async def test_a_closed_transport_dials_and_sends_no_more(net: Harness) -> None:
     a, b = await two(net)
     await net.close("a")

@@ -34,6 +34,7 @@ from prime_async.machines.vocabulary import (
     Saved,
     StepsDone,
     StopSteps,
+    TakeBack,
 )
 from prime_async.messages import ChunkKey, positions
 from prime_async.transport.base import Chunk
@@ -90,7 +91,9 @@ class TrainingActor:
             case Merge(round=round):
                 self._nursery.start_soon(self._merge, round)
             case GiveUp(round=round):
-                self._nursery.start_soon(self._give_up, round)
+                self._nursery.start_soon(self._put_right, round, self._tensors.workload.give_up)
+            case TakeBack(round=round):
+                self._nursery.start_soon(self._put_right, round, self._tensors.workload.take_back)
             case Evaluate():
                 self._nursery.start_soon(self._evaluate)
             case Restore():
@@ -138,7 +141,7 @@ class TrainingActor:
         """
         round, state_digest = effect.round, self._tensors.workload.state_digest()
         chunks: dict[int, Chunk] = {}
-        if effect.beside:
+        if effect.beside and not effect.eager:
             await self._tensors.for_each(self._tensors.workload.capture, self._chunks(round))
             self._post(Captured(round=round))
 
@@ -148,7 +151,13 @@ class TrainingActor:
 
         try:
             await self._tensors.for_each(encode, self._chunks(round))
+            if effect.eager:
+                workload = self._tensors.workload
+                await self._tensors.for_each(lambda c: workload.jump(c, chunks[c].payload), self._chunks(round))
+                self._post(Captured(round=round))
         except NonFiniteError:
+            if effect.eager:
+                self._post(Captured(round=round))
             self._post(Encoded(round=round, finite=False))
             return
         if self._auditor is not None:
@@ -180,8 +189,12 @@ class TrainingActor:
         included = effect.position in positions(mean.info.contributors)
         self._keeper.before_change(chunk)
         workload = self._tensors.workload
-        apply = workload.apply_beside if effect.beside else workload.apply
-        apply(chunk, mean.payload, included)
+        if effect.beside:
+            others = mean.info.total_weight - (effect.weight if included else 0)
+            workload.apply_beside(chunk, mean.payload, included, effect.weight / max(1, others + effect.weight))
+            return
+        own = self._store.find(ChunkKey(kind="contribution", round=effect.round, chunk=chunk)) if included else None
+        workload.apply(chunk, mean.payload, included, own.payload if own is not None else None)
 
     async def _merge(self, round: int) -> None:
         """Not cancelled half-way, as the outer step."""
@@ -189,8 +202,8 @@ class TrainingActor:
             await self._tensors.for_each(self._tensors.workload.merge, self._chunks(round))
         self._post(Merged(round=round))
 
-    async def _give_up(self, round: int) -> None:
-        await self._tensors.for_each(self._tensors.workload.give_up, self._chunks(round))
+    async def _put_right(self, round: int, function: Callable[[int], None]) -> None:
+        await self._tensors.for_each(function, self._chunks(round))
         self._post(Restored())
 
     async def _evaluate(self) -> None:

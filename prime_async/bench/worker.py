@@ -61,9 +61,9 @@ class BenchWorkload(BufferWorkload):
         with self._journal.entry("reduce"):
             return super().reduce(chunk, payloads, weights, out)
 
-    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
+    def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         with self._journal.entry("apply"):
-            super().apply(chunk, mean, included)
+            super().apply(chunk, mean, included, own)
 
     def end_round(self) -> bytes:
         digest = super().end_round()

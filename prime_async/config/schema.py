@@ -169,6 +169,13 @@ class ExchangeSettings(Settings):
         Literal["same", "int8", "int4", "e3m0", "fp16", "fp32"],
         Field(description="what means are encoded with; same: as contributions"),
     ] = "same"
+    error_feedback: Annotated[
+        bool,
+        Field(
+            description="what a codec drops of a contribution stays in the local weights, and enters the next one "
+            "(arXiv 1901.09847); for codecs of few bits. The means have none"
+        ),
+    ] = False
     chunk_elements: Annotated[
         int,
         Field(
@@ -240,11 +247,12 @@ class RunSpec(Settings):
     ] = 0
     round: RoundSettings = RoundSettings()
     mode: Annotated[
-        Literal["blocking", "overlapped", "streaming"],
+        Literal["blocking", "overlapped", "streaming", "eager"],
         Field(
             description="blocking: exchange, then train on (INTELLECT-1, arXiv 2412.01152); overlapped: exchange while "
             "the next inner steps run, and wait only if they are done first; streaming: the same for one of fragments "
-            "after the other (Streaming DiLoCo, 2501.18512), which takes the same bytes a link that is slower"
+            "after the other (Streaming DiLoCo, 2501.18512), the same bytes with a lower peak; eager: the exchange may "
+            "take a whole round, for the local weights move at once, by an estimate (2502.12996)"
         ),
     ] = "blocking"
     fragments: Annotated[

@@ -52,7 +52,7 @@ def _overlapped(percent: int, **run: Any) -> Method:
     )
 
 
-def _codec(name: str, about: str, **exchange: str) -> Method:
+def _codec(name: str, about: str, **exchange: Any) -> Method:
     run = {f"exchange.{key}": value for key, value in exchange.items()}
     return Method(name=name, about=about, against="fp32", run=run)
 
@@ -70,6 +70,13 @@ _ALL: Final = (
         run={"mode": "streaming", "fragments": 4},
         delay=0.05,
     ),
+    Method(
+        name="eager",
+        about="eager, applied after a whole round",
+        against="blocking",
+        run={"mode": "eager"},
+        delay=1.0,
+    ),
     Method(name="naive", about="means a round late, without a correction", against="blocking", rounds_late=1),
     Method(name="fp32", about="blocking, fp32", against="data-parallel", run={"exchange.codec": "fp32"}),
     _codec("fp16", "blocking, fp16", codec="fp16"),
@@ -77,6 +84,8 @@ _ALL: Final = (
     _codec("int4", "blocking, int4 both ways", codec="int4"),
     _codec("int4-int8", "blocking, int4, means in int8", codec="int4", mean_codec="int8"),
     _codec("e3m0", "blocking, e3m0 both ways", codec="e3m0"),
+    _codec("int4-feedback", "int4 with error feedback", codec="int4", error_feedback=True),
+    _codec("e3m0-feedback", "e3m0 with error feedback", codec="e3m0", error_feedback=True),
     Method(
         name="muon-fp32",
         about="blocking, inner Muon, fp32",

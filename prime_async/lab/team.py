@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -38,6 +38,7 @@ class Worker:
 
     workload: DilocoWorkload
     account: Account
+    contribution: dict[int, memoryview] = field(default_factory=dict)  # the last one, by chunk
 
     def train(self, steps: int) -> None:
         def count(report: StepReport) -> None:
@@ -46,24 +47,33 @@ class Worker:
         if steps > 0:
             self.workload.train(steps, count)
 
-    def contribute(self, round: int, *, beside: bool) -> dict[int, memoryview]:
+    def contribute(self, round: int, *, beside: bool, eager: bool) -> dict[int, memoryview]:
         """The encoded contribution, by chunk."""
         chunks = self.workload.fragments.chunks(round)
-        if beside:
+        if beside and not eager:
             for chunk in chunks:
                 self.workload.capture(chunk)
         payloads = {}
         for chunk in chunks:
             payloads[chunk] = memoryview(bytearray(self.workload.payload_bytes(chunk)))
             self.workload.encode(chunk, payloads[chunk])
+        if eager:
+            for chunk, payload in payloads.items():
+                self.workload.jump(chunk, payload)
         self.account.make_offer(round)
+        self.contribution = payloads
         return payloads
 
-    def apply(self, means: dict[int, memoryview], *, beside: bool) -> bytes:
-        """Take the outer step of a round in whose means this worker is. Returns the digest of the outer state."""
-        apply = self.workload.apply_beside if beside else self.workload.apply
+    def apply(self, means: dict[int, memoryview], share: float, *, beside: bool) -> bytes:
+        """Take the outer step of a round in whose means this worker is, with this share of the weight.
+
+        Returns the digest of the outer state.
+        """
         for chunk, mean in means.items():
-            apply(chunk, mean, True)
+            if beside:
+                self.workload.apply_beside(chunk, mean, True, share)
+            else:
+                self.workload.apply(chunk, mean, True, self.contribution[chunk])
         digest = self.workload.end_round()
         if beside:
             for chunk in means:
@@ -73,7 +83,7 @@ class Worker:
 
 
 class Team:
-    """The workers of a run in mode ``blocking``, ``overlapped`` or ``streaming``; ``run`` is as for nodes.
+    """The workers of a run in any mode; ``run`` is as for nodes.
 
     They are nodes that are equally fast and never fail: the contributions to a round are those of all of them, in the
     order of ``streams``. ``rounds_late``: the means of a round are applied so many rounds later, in the place of that
@@ -127,23 +137,25 @@ class Team:
         beside = self.run.overlaps
         for worker in self.workers:
             worker.train(self.run.steps_per_round - worker.account.work.steps)
-        contributions = [worker.contribute(self.round, beside=beside) for worker in self.workers]
-        means = self._reduce(contributions)
+        eager = self.run.mode == "eager"
+        contributions = [worker.contribute(self.round, beside=beside, eager=eager) for worker in self.workers]
+        weights = [worker.account.weight for worker in self.workers]
+        means = self._reduce(contributions, weights)
         if beside and not is_last:
             for index, worker in enumerate(self.workers):
                 worker.train(self._delay(index, self.round))
         self._waiting.append(means)
-        means = self._waiting.pop(0) if len(self._waiting) > self._rounds_late else self._reduce([])
-        digests = {worker.apply(means, beside=beside) for worker in self.workers}
+        means = self._waiting.pop(0) if len(self._waiting) > self._rounds_late else self._reduce([], [])
+        shares = [weight / sum(weights) for weight in weights]
+        pairs = zip(self.workers, shares, strict=True)
+        digests = {worker.apply(means, share, beside=beside) for worker, share in pairs}
         if len(digests) != 1:
             raise LabError(f"after round {self.round} the outer states of the workers differ")
         self.round += 1
         return digests.pop()
 
-    def _reduce(self, contributions: list[dict[int, memoryview]]) -> dict[int, memoryview]:
+    def _reduce(self, contributions: list[dict[int, memoryview]], weights: list[int]) -> dict[int, memoryview]:
         """Each chunk is reduced by one of the workers, as by its owner. The mean of nothing is zero."""
-        offers = [worker.account.offer for worker in self.workers]
-        weights = [max(1, offer.tokens) for offer in offers if offer is not None][: len(contributions)]
         means = {}
         for chunk in self.workers[0].workload.fragments.chunks(self.round):
             workload = self.workers[chunk % len(self.workers)].workload

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from prime_async.messages import MAX_TOKENS
+
 
 @dataclass(slots=True)
 class Work:
@@ -50,6 +52,11 @@ class Account:
         """What was done so far is the contribution to ``round``; what follows is towards the next one."""
         fragment = round % self.fragments
         self.offer, self.work = Offer(round, fragment, self.work, self.tokens[fragment]), Work()
+
+    @property
+    def weight(self) -> int:
+        """Of the offer; 0 without one."""
+        return min(max(1, self.offer.tokens), MAX_TOKENS) if self.offer is not None else 0
 
     def use_up(self) -> int:
         """The offer is in a mean, or is given up. Returns its tokens."""

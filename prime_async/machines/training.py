@@ -11,6 +11,7 @@ The rules:
   meanwhile. Otherwise (``overlapped``, and ``streaming``, where a round has one fragment of the weights) they are
   noted, and the next inner steps go on at once. The outer step is taken beside them, and then the local weights are
   moved between two of them. A node waits only if it has a contribution again before the last one's round is over.
+  ``eager``: they are moved at once, too, by an estimate of the outer step, which the outer step then corrects.
 * A contribution is so many inner steps, or those of so many seconds, and at least one. They are counted since the last
   contribution that was in a round. So are the tokens of each fragment, which are the weight: a node whose progress was
   in none of the means keeps all three, and contributes at once. A contribution that was in some chunks' means was in
@@ -72,12 +73,13 @@ from prime_async.machines.vocabulary import (
     StateAt,
     StepsDone,
     StopSteps,
+    TakeBack,
     Tell,
     Tick,
     ViewChanged,
     WakeAt,
 )
-from prime_async.messages import MAX_TOKENS, View
+from prime_async.messages import View
 
 MAX_NON_FINITE = 3
 MAX_STEPS = 2**20
@@ -93,7 +95,8 @@ class TrainingSettings(Struct, frozen=True, kw_only=True):
     """What a training machine is made with. ``rounds`` 0: no end. ``evaluate_every`` 0: before and after only.
 
     A contribution is ``inner_steps``, or with 0 those of ``seconds``. A ``witness`` has none. ``overlaps``: inner steps
-    go on while a contribution is exchanged. ``fragments``: round r exchanges fragment r mod ``fragments``.
+    go on while a contribution is exchanged; ``eager``: from an estimate of the outer step. ``fragments``: round r
+    exchanges fragment r mod ``fragments``.
     """
 
     me: str
@@ -104,6 +107,7 @@ class TrainingSettings(Struct, frozen=True, kw_only=True):
     min_members: int = 1
     witness: bool = False
     overlaps: bool = False
+    eager: bool = False
     fragments: int = 1
 
 
@@ -236,7 +240,8 @@ class Training:
         phases = ("idle", "stepping") if self.settings.overlaps else ("idle",)
         if means is not None and self.exchange in ("none", "offered") and self.phase in phases:
             self.exchange = "applying"
-            out.append(Apply(round=self.round, position=means.position, beside=self.settings.overlaps))
+            weight = self.account.weight if self.settings.eager else 0
+            out.append(Apply(round=self.round, position=means.position, beside=self.settings.overlaps, weight=weight))
 
     @property
     def _means_now(self) -> MeansCommitted | None:
@@ -306,7 +311,7 @@ class Training:
         self.exchange = "encoding"
         self.phase = "capturing" if self.settings.overlaps else "idle"
         self.account.make_offer(self.round)
-        out.append(Encode(round=self.round, beside=self.settings.overlaps))
+        out.append(Encode(round=self.round, beside=self.settings.overlaps, eager=self.settings.eager))
 
     def _merge(self, out: list[Effect]) -> None:
         self.phase = "merging"
@@ -342,6 +347,10 @@ class Training:
                 self._give_up(offer.round, out)
                 return
             self.account.take_back()
+            if self.settings.eager:
+                self.phase = "restoring"
+                out.append(TakeBack(round=offer.round))
+                return
         self._go_on(now, out)
 
     def _give_up(self, round: int, out: list[Effect]) -> None:
@@ -391,9 +400,8 @@ class Training:
         if finite:
             self.non_finite = 0
             self.exchange = "offered"
-            assert self.account.offer is not None
-            weight = min(max(1, self.account.offer.tokens), MAX_TOKENS)
-            out.append(Tell(actor="exchange", event=ContributionFixed(round=self.round, weight=weight)))
+            fixed = ContributionFixed(round=self.round, weight=self.account.weight)
+            out.append(Tell(actor="exchange", event=fixed))
             self._go_on(now, out)
             return
         self.exchange = "none"

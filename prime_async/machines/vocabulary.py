@@ -490,27 +490,37 @@ class StopSteps(Struct, frozen=True, kw_only=True, tag="stop_steps"):
 class Encode(Struct, frozen=True, kw_only=True, tag="encode"):
     """Encode this node's contribution, chunk by chunk: ``Encoded``.
 
-    ``beside`` the next inner steps: the local weights are noted first, ``Captured``.
+    ``beside`` the next inner steps: the local weights are noted first, ``Captured``. ``eager``: they are encoded, and
+    then moved by an estimate of the outer step, before that.
     """
 
     round: int
     beside: bool = False
+    eager: bool = False
 
 
 class Apply(Struct, frozen=True, kw_only=True, tag="apply"):
     """Take the outer step with the settled means of the round: ``Applied``.
 
     Chunks whose mean does not count ``position`` keep this node's local progress for the next contribution. ``beside``
-    the inner steps: the local weights stay as they are until ``Merge``.
+    the inner steps: the local weights stay as they are until ``Merge``. ``weight``: of this
+    node's contribution, if it was eager.
     """
 
     round: int
     position: int
     beside: bool = False
+    weight: int = 0
 
 
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):
     """Move the local weights as the means of ``round`` moved the outer ones: ``Merged``. No inner step is under way."""
+
+    round: int
+
+
+class TakeBack(Struct, frozen=True, kw_only=True, tag="take_back"):
+    """The eager contribution to ``round`` is in no mean: make it local progress again, ``Restored``."""
 
     round: int
 
@@ -640,9 +650,9 @@ class Keep(Struct, frozen=True, kw_only=True, tag="keep"):
 Effect: TypeAlias = (
     WakeAt | Report | Tell | Send | Dial | ConnectMembers | StoreBallot | Fail | Finish | Fetch | CancelFetches
     | CancelFetch | AdoptMean | Settle | Reduce | Forget
-    | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | Evaluate | Restore | Save | ImportChunk | EndImport
-    | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk | StoreRecord | AdoptRound
-    | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
+    | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | TakeBack | Evaluate | Restore | Save
+    | ImportChunk | EndImport | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk
+    | StoreRecord | AdoptRound | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
 )  # fmt: skip
 """Everything that a machine can ask for."""
 

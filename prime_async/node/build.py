@@ -176,6 +176,7 @@ def machine_settings(
             evaluate_every=node.evaluate_every,
             min_members=run.min_members,
             overlaps=run.overlaps and not node.witness,
+            eager=run.mode == "eager" and not node.witness,
             fragments=workload.fragments.count,
         ),
     )

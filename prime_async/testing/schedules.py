@@ -17,7 +17,7 @@ from prime_async.testing.properties import Properties
 from prime_async.testing.settings import SimulationSettings
 from prime_async.testing.simulation import STARTS_APART, Simulation
 
-MODES = ("blocking", "overlapped", "streaming")
+MODES = ("blocking", "overlapped", "streaming", "eager")
 ROUNDS_AFTER = 3
 LIMIT_S = 180.0
 """Virtual seconds after the healing, in which everybody must be active and the run that many rounds further."""
@@ -295,7 +295,7 @@ class Chaos:
 def mode_settings(settings: SimulationSettings, mode: str) -> SimulationSettings:
     """``settings`` of a run in this mode."""
     fragments = min(2, settings.chunk_count) if mode == "streaming" else 1
-    return replace(settings, overlaps=mode != "blocking", fragments=fragments)
+    return replace(settings, overlaps=mode != "blocking", eager=mode == "eager", fragments=fragments)
 
 
 def run_schedule(seed: int, mode: str = "", *, record: bool = False, disturbances: int = 5) -> Chaos:

@@ -51,6 +51,7 @@ from prime_async.machines.vocabulary import (
     StateAt,
     StopSteps,
     StoreBallot,
+    TakeBack,
     Tell,
     WakeAt,
 )
@@ -187,6 +188,7 @@ class Simulation:
                 min_members=s.min_members,
                 witness=witness,
                 overlaps=s.overlaps and not witness,
+                eager=s.eager and not witness,
                 fragments=s.fragments,
             ),
         )
@@ -345,8 +347,8 @@ class Simulation:
             case Forget():
                 self.store.forget(node, effect)
             case (
-                RunSteps() | StopSteps() | Encode() | Apply() | Merge() | GiveUp() | Evaluate() | Restore() | Save()
-                | ImportChunk() | EndImport()
+                RunSteps() | StopSteps() | Encode() | Apply() | Merge() | GiveUp() | TakeBack() | Evaluate()
+                | Restore() | Save() | ImportChunk() | EndImport()
             ):  # fmt: skip
                 self.work.perform(node, effect)
             case _:

@@ -32,6 +32,7 @@ from prime_async.machines.vocabulary import (
     Saved,
     StepsDone,
     StopSteps,
+    TakeBack,
 )
 from prime_async.messages import ChunkInfo, ChunkKey
 from prime_async.testing.host import SimNode, Snapshot, digest_of
@@ -86,6 +87,8 @@ class Work:
                 post(node, "training", Merged(round=round), TENSOR_S)
             case GiveUp(round=round):
                 self._give_up(node, round)
+            case TakeBack():
+                post(node, "training", Restored(), TENSOR_S)
             case Evaluate():
                 post(node, "training", Evaluated(loss=1.0), TENSOR_S)
             case Restore():

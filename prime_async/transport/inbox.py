@@ -83,8 +83,8 @@ class Inbox:
             if isinstance(notice, Received):
                 self.traffic.control_dropped += 1
             return False
-        except trio.BrokenResourceError:
-            pass  # the receiver is closed: the node is on its way out
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the receiver, or this, is closed: the node is on its way out, and sockets are read to their end
         return True
 
     def close(self) -> None:

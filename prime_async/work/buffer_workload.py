@@ -78,7 +78,7 @@ class BufferWorkload:
     def check(self, chunk: int, payload: memoryview) -> bool:
         return self._codec.is_valid(chunk, payload)
 
-    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:  # noqa: ARG002  (no progress to keep)
+    def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:  # noqa: ARG002
         """Raises :class:`ProtocolError` if ``mean`` is not valid; the vector is then as it was."""
         with self._codec.work_on(chunk):
             self._codec.decode(mean, self._view(chunk))
@@ -87,7 +87,10 @@ class BufferWorkload:
     def capture(self, chunk: int) -> None:
         """There are no local weights."""
 
-    def apply_beside(self, chunk: int, mean: memoryview, included: bool) -> None:
+    def jump(self, chunk: int, own: memoryview) -> None:
+        """There are no local weights."""
+
+    def apply_beside(self, chunk: int, mean: memoryview, included: bool, share: float) -> None:  # noqa: ARG002
         """As ``apply``."""
         self.apply(chunk, mean, included)
 
@@ -95,6 +98,9 @@ class BufferWorkload:
         """There are no local weights."""
 
     def give_up(self, chunk: int) -> None:
+        """There is no local progress."""
+
+    def take_back(self, chunk: int) -> None:
         """There is no local progress."""
 
     def end_round(self) -> bytes:

@@ -91,6 +91,10 @@ class ChunkCodec:
             raise ProtocolError(f"a mean is not valid: {reason}; fetch it from another member")
         self._mean_codec.decode(payload, out)
 
+    def decode_contribution(self, payload: memoryview, out: Tensor) -> None:
+        """Decode what :meth:`encode` made into ``out``, fp32 (elements of the chunk,)."""
+        self._codec.decode(as_tensor(payload), out)
+
     def is_valid(self, chunk: int, payload: memoryview) -> bool:
         """Whether ``payload`` is a mean of ``chunk``, and decodes to finite values. Cheaper than decoding it."""
         with torch_threads(1):

@@ -93,6 +93,22 @@ class DilocoWorkload(OuterWorkload):
     delay this is the blocking form, bit for bit. The note takes 4 bytes for each parameter of the largest fragment, on
     the host: it holds s, then the contribution, and then by how much x is to move.
 
+    *Eager* (2502.12996, "eager updates"; ``encode``, ``jump``, ``apply_beside``, ``merge``): an exchange may take the
+    whole next round, for the local weights do not wait for it. The node's own contribution c_r is fresh, those of the
+    others are in the last mean, g_{r-1}, in which its own, c_{r-1}, had the share w::
+
+        g = g_{r-1} + w (c_r - c_{r-1})            or, if c_{r-1} was not in it,
+        g = g_{r-1} + w (c_r - g_{r-1})            and in the first round g = c_r
+        x, s <- outer step from theta_r with g
+
+    and from s the next inner steps go on. When the mean of round r is there, x moves by ``theta_{r+1} - s`` as above.
+    So the outer weights are moved by means alone, and are equal on all nodes; the estimate is local, and what it was
+    wrong by is put right. It takes two bytes a parameter more, with int8, for g_{r-1} and c_{r-1}.
+
+    *With error feedback* (arXiv 1901.09847), without a buffer for it: where the contribution c that was decoded from
+    what was encoded differs from ``theta_r - s``, the difference stays in x, as progress that was not counted: s is
+    ``theta_r - c`` in the two equations. So it enters the next contribution.
+
     *By fragments*: all of this for the chunks of one fragment in each round; x moves on in the others meanwhile. A
     fragment is exchanged every ``fragments.count`` rounds.
 
@@ -116,10 +132,13 @@ class DilocoWorkload(OuterWorkload):
         mean_codec: Codec | None = None,
         *,
         overlaps: bool = False,
+        error_feedback: bool = False,
+        eager: bool = False,
     ) -> None:
         """``outer`` starts at the trainer's weights. ``threads``: torch threads of the inner steps.
 
-        ``mean_codec``: of means, if not ``codec``. ``overlaps``: there is to be a ``capture``.
+        ``mean_codec``: of means, if not ``codec``. ``overlaps``: there is to be a ``capture``, or,
+        ``eager``, a ``jump``.
         """
         super().__init__(outer, trainer.spans, codec, trainer.device.staging, mean_codec)
         self.trainer = trainer
@@ -129,10 +148,16 @@ class DilocoWorkload(OuterWorkload):
         self._next_batch = 0
         self.note_elements = self._most_elements() if overlaps else 0
         self._notes = trainer.device.staging(self.note_elements)
+        self._feeds_back = error_feedback
         self._moves = 0  # of the local weights by inner steps; 0 at the beginning, when they are the outer ones
         self._equal_at = [0] * self.chunk_count  # by chunk: after this many the local weights were the outer ones
         self._captured_at: dict[int, int] = {}  # by chunk: after so many they were noted
         self._included: dict[int, bool] = {}  # by chunk that is to be merged
+        self._jumped: dict[int, bytes] = {}  # by chunk that was moved by an estimate: our contribution
+        self._last: dict[
+            int, tuple[bytes, bytes | None, float]
+        ] = {}  # by chunk: the last mean, our part in it, its share
+        self._is_eager = eager
 
     def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
         def count(report: StepReport) -> None:
@@ -161,24 +186,63 @@ class DilocoWorkload(OuterWorkload):
                 note = self._note(chunk)
                 torch.sub(self._outer.theta(chunk), note, out=note)
                 self._codec.encode(note, out, scratch=scratch)
+                if self._feeds_back:
+                    self._codec.decode_contribution(out, note)
             else:
                 torch.sub(self._outer.theta(chunk), self._on_host(chunk, delta), out=delta)
                 self._codec.encode(delta, out, scratch=delta)
 
-    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
+    def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         """Raises :class:`ProtocolError` if ``mean`` is not valid, :class:`LocalError` if this round had one already.
 
-        Then nothing has changed.
+        Then nothing has changed. With error feedback ``own`` must be there if ``included``: else :class:`LocalError`.
         """
+        if included and self._feeds_back and own is None:
+            raise LocalError(f"chunk {chunk}: what this node contributed is not here, so what it lacks is not known")
         with self._codec.work_on(chunk) as (gradient, scratch):
             self._codec.decode(mean, gradient)
-            if included or self._is_equal(chunk):
+            if included and self._feeds_back:
+                assert own is not None
+                self._keep_progress(chunk, lambda: self._outer.step(chunk, gradient, scratch), own)
+            elif included or self._is_equal(chunk):
                 self._outer.step(chunk, gradient, scratch)
                 self._become_equal(chunk)
             else:
                 self._keep_progress(chunk, lambda: self._outer.step(chunk, gradient, scratch))
 
-    def apply_beside(self, chunk: int, mean: memoryview, included: bool) -> None:
+    def jump(self, chunk: int, own: memoryview) -> None:
+        note, theta, span = self._note(chunk), self._outer.theta(chunk), self._outer.chunks.span(chunk)
+        with self._codec.work_on(chunk) as (estimate, scratch):
+            self._estimate(chunk, own, estimate, scratch)
+            self._outer.preview(chunk, estimate, scratch)
+            torch.sub(theta, estimate, out=note)
+            if self._feeds_back:  # what was not encoded stays
+                self._codec.decode_contribution(own, scratch)
+                scratch.add_(self._on_host(chunk, torch.empty_like(scratch))).sub_(theta)
+                estimate.add_(scratch)
+            self.trainer.device.to_device(estimate, self.trainer.flat[span])
+            self.trainer.device.synchronize()
+        self._captured_at[chunk] = self._moves
+        self._jumped[chunk] = bytes(own)
+
+    def _estimate(self, chunk: int, own: memoryview, out: Tensor, scratch: Tensor) -> None:
+        """The mean pseudo-gradient of this round, as far as this node can know it before the exchange."""
+        last = self._last.get(chunk)
+        if last is None:
+            self._codec.decode_contribution(own, out)
+            return
+        mean, part, share = last
+        self._codec.decode_contribution(own, out)
+        if part is None:
+            self._codec.decode(memoryview(mean), scratch)
+            out.sub_(scratch).mul_(share).add_(scratch)
+            return
+        self._codec.decode_contribution(memoryview(part), scratch)
+        out.sub_(scratch).mul_(share)
+        self._codec.decode(memoryview(mean), scratch)
+        out.add_(scratch)
+
+    def apply_beside(self, chunk: int, mean: memoryview, included: bool, share: float) -> None:
         """Raises :class:`ProtocolError` if ``mean`` is not valid: then nothing has changed.
 
         Raises :class:`LocalError` if this round had one already, or ``included`` and there was no ``capture``.
@@ -188,27 +252,46 @@ class DilocoWorkload(OuterWorkload):
         note, theta = self._note(chunk), self._outer.theta(chunk)
         with self._codec.work_on(chunk) as (gradient, scratch):
             self._codec.decode(mean, gradient)
-            if included:
+            own = self._jumped.pop(chunk, None)
+            if included or own is not None:
                 note.sub_(theta)  # -s
             else:
                 torch.neg(theta, out=note)
             self._outer.step(chunk, gradient, scratch)
             note.add_(theta)
+            if own is not None and not included:
+                self._codec.decode_contribution(memoryview(own), scratch)
+                note.sub_(scratch)
         self._included[chunk] = included
+        if self._is_eager:
+            self._last[chunk] = bytes(mean), own if included else None, share
 
     def merge(self, chunk: int) -> None:
         """Raises :class:`LocalError` if there was no ``apply_beside``."""
         if chunk not in self._included:
             raise LocalError(f"chunk {chunk} has no mean to move with: apply it first")
         included, captured_at = self._included.pop(chunk), self._captured_at.pop(chunk, None)
-        was_equal = captured_at == self._moves if included else self._is_equal(chunk)
+        is_used_up = captured_at == self._moves and not self._feeds_back
+        was_equal = is_used_up if included else self._is_equal(chunk)
         self._move_by_note(chunk, to_theta=was_equal)
 
     def give_up(self, chunk: int) -> None:
         """Raises :class:`LocalError` if there was no ``capture``."""
         if chunk not in self._captured_at:
             raise LocalError(f"chunk {chunk} has no contribution to give up")
-        self._move_by_note(chunk, to_theta=self._captured_at.pop(chunk) == self._moves)
+        is_used_up = self._captured_at.pop(chunk) == self._moves and not self._feeds_back
+        self._jumped.pop(chunk, None)
+        self._move_by_note(chunk, to_theta=is_used_up)
+
+    def take_back(self, chunk: int) -> None:
+        """Raises :class:`LocalError` if there was no ``jump``."""
+        if chunk not in self._jumped:
+            raise LocalError(f"chunk {chunk} has no contribution to take back")
+        with self._codec.work_on(chunk) as (contribution, _):
+            self._codec.decode_contribution(memoryview(self._jumped.pop(chunk)), contribution)
+            self._note(chunk).sub_(contribution)
+        del self._captured_at[chunk]
+        self._move_by_note(chunk, to_theta=False)
 
     def restore(self) -> None:
         for chunk in range(self.chunk_count):
@@ -217,6 +300,7 @@ class DilocoWorkload(OuterWorkload):
         self._next_step = 0
         self._captured_at.clear()
         self._included.clear()
+        self._jumped.clear()
 
     def import_state(self, chunk: int, data: memoryview) -> None:
         """Raises :class:`ProtocolError` if ``data`` has another size or is not finite: then nothing has changed."""
@@ -287,10 +371,13 @@ class DilocoWorkload(OuterWorkload):
                 self.trainer.device.add(self._note(chunk), self._local(chunk))
                 self.trainer.device.synchronize()
 
-    def _keep_progress(self, chunk: int, move_theta: Callable[[], None]) -> None:
-        """x <- theta' + (x - theta). If ``move_theta`` raises, x stays."""
-        with self._codec.work_on(chunk) as (progress, _):
+    def _keep_progress(self, chunk: int, move_theta: Callable[[], None], own: memoryview | None = None) -> None:
+        """x <- theta' + (x - theta), without what is in ``own``. If ``move_theta`` raises, x stays."""
+        with self._codec.work_on(chunk) as (progress, counted):
             torch.sub(self._on_host(chunk, progress), self._outer.theta(chunk), out=progress)
+            if own is not None:
+                self._codec.decode_contribution(own, counted)
+                progress.add_(counted)  # a contribution is theta - x
             move_theta()
             self._move_local(chunk, progress.add_(self._outer.theta(chunk)))
 
@@ -316,4 +403,14 @@ def open_diloco(run: RunSpec, node: NodeSettings, stream: int, corpus: Corpus | 
     outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     threads = node.threads or usable_cores()
-    return DilocoWorkload(trainer, outer, codec, pace(run), threads, mean_codec, overlaps=run.overlaps)
+    return DilocoWorkload(
+        trainer,
+        outer,
+        codec,
+        pace(run),
+        threads,
+        mean_codec,
+        overlaps=run.overlaps,
+        error_feedback=run.exchange.error_feedback,
+        eager=run.mode == "eager",
+    )

@@ -110,6 +110,16 @@ class OuterState:
             theta.sub_(scratch)
             self._digests[chunk] = self._hash(chunk)
 
+    def preview(self, chunk: int, gradient: Tensor, scratch: Tensor) -> None:
+        """Make of ``gradient`` the weights to which :meth:`step` would move ``chunk`` with it; nothing changes.
+
+        Both fp32 (elements of the chunk,). Not rounded in the very order of ``step``: an estimate.
+        """
+        with self._locks[chunk]:
+            torch.mul(self._momentum[self.chunks.span(chunk)], self._mu, out=scratch)
+            scratch.add_(gradient).mul_(self._mu)
+            gradient.add_(scratch).mul_(-self._learning_rate).add_(self.theta(chunk))
+
     def end_round(self) -> bytes:
         """Count the round, once every chunk of it was moved. Returns the digest."""
         return self._close(self._round + 1, self.fragments.chunks(self._round), "apply")

@@ -86,11 +86,11 @@ class Workload(Protocol):
         """Whether ``payload`` is a valid mean of ``chunk``, of the right size and finite: ``apply`` takes it."""
         ...
 
-    def apply(self, chunk: int, mean: memoryview, included: bool) -> None:
+    def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         """Take the outer step on ``chunk`` with the encoded ``mean``, and move the local weights with it.
 
-        ``included``: this node's contribution is in the mean, so its local progress is used up. Otherwise it is kept,
-        for the next contribution.
+        ``included``: this node's contribution, ``own`` as it was encoded, is in the mean, so its local progress is used
+        up. Otherwise it is kept, for the next contribution.
         """
         ...
 
@@ -101,8 +101,18 @@ class Workload(Protocol):
         """
         ...
 
-    def apply_beside(self, chunk: int, mean: memoryview, included: bool) -> None:
-        """As ``apply``, but beside inner steps: the local weights stay as they are until ``merge``."""
+    def jump(self, chunk: int, own: memoryview) -> None:
+        """Instead of ``capture``, and after ``encode``: move the local weights by an estimate of the outer step.
+
+        ``own``: what ``encode`` made. The next inner steps go on from there.
+        """
+        ...
+
+    def apply_beside(self, chunk: int, mean: memoryview, included: bool, share: float) -> None:
+        """As ``apply``, but beside inner steps: the local weights stay as they are until ``merge``.
+
+        ``share``: of this node's weight in that of all who are in the mean, and it.
+        """
         ...
 
     def merge(self, chunk: int) -> None:
@@ -114,6 +124,13 @@ class Workload(Protocol):
 
     def give_up(self, chunk: int) -> None:
         """Between two inner steps: the local progress of ``chunk`` up to ``capture`` is used up, what came after stays.
+
+        Also if the outer state was replaced since.
+        """
+        ...
+
+    def take_back(self, chunk: int) -> None:
+        """Between two inner steps: undo ``jump``. The contribution is local progress again, with what came after it.
 
         Also if the outer state was replaced since.
         """
