@@ -25,6 +25,7 @@ app.command("prime_async.cli.audit:audit", name="audit")
 app.command("prime_async.cli.bench:app", name="bench")
 app.command("prime_async.cli.simulate:simulate", name="simulate")
 app.command("prime_async.cli.lab:lab", name="lab")
+app.command("prime_async.cli.plan:plan", name="plan")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

@@ -1,0 +1,100 @@
+"""``prime-async plan``: what an exchange will cost, and which settings to begin with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prime_async.cli.demo_report import size
+from prime_async.plan import Forecast, Setup, choices, forecast, recommend
+
+
+def plan(
+    *,
+    parameters: Annotated[float, Parameter(validator=Number(gt=0))],
+    step_s: Annotated[float, Parameter(validator=Number(gt=0))],
+    up_mbit: Annotated[float, Parameter(validator=Number(gt=0))],
+    down_mbit: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
+    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=65536))] = 4,
+    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 100.0,
+    inner_steps: Annotated[int, Parameter(validator=Number(gte=1))] = 500,
+    fragments: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
+    cores: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Say what each mode will cost over given links, and recommend mode, H and codec to begin with.
+
+    For nodes whose GPU trains: what the exchange takes of a CPU that trains as well is not in it.
+
+    Parameters
+    ----------
+    parameters
+        Of the model; 1e9 for 1 B.
+    step_s
+        Seconds of an inner step on the slowest node.
+    up_mbit
+        Uplink of the slowest node.
+    down_mbit
+        Its downlink; 0: as fast as the uplink.
+    nodes
+        How many.
+    rtt_ms
+        Round trip between the two most distant nodes.
+    inner_steps
+        H of the table.
+    fragments
+        Of mode streaming.
+    cores
+        Of a node, for encoding and the like.
+    json_
+        Print one JSON object instead.
+    """
+    setup = Setup(
+        parameters=round(parameters),
+        step_s=step_s,
+        nodes=nodes,
+        up_mbit=up_mbit,
+        down_mbit=down_mbit or up_mbit,
+        rtt_ms=rtt_ms,
+        cores=cores,
+    )
+    found = [forecast(setup, choice) for choice in choices(inner_steps, fragments)]
+    best, reason = recommend(setup, fragments)
+    if json_:
+        print(json.dumps({**asdict(setup), "modes": list(map(asdict, found)), "best": asdict(best), "why": reason}))
+        return 0
+    console = Console(highlight=False)
+    title = f"{parameters:,.0f} parameters, {nodes} nodes, H = {inner_steps}; {size(best.device_bytes)} to train them"
+    console.print(_table(title, found))
+    chosen = best.choice
+    parts = f", run.fragments = {chosen.fragments}" if chosen.mode == "streaming" else ""
+    console.print(
+        f'begin with run.mode = "{chosen.mode}"{parts}, run.round.inner_steps = {chosen.inner_steps}, '
+        f'run.exchange.codec = "{chosen.codec}": {best.share:.1%} of the time goes into training; {reason}.'
+    )
+    return 0
+
+
+def _table(title: str, found: list[Forecast]) -> Table:
+    table = Table("mode", "codec", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("sent in H", "steps", "exchange", "training", "delay", "host"):
+        table.add_column(name, justify="right")
+    for f in found:
+        table.add_row(
+            f.choice.mode,
+            f.choice.codec,
+            size(f.sent_bytes),
+            f"{f.training_s:.1f} s",
+            f"{f.exchange_s:.1f} s",
+            f"{f.share:.1%}",
+            f"{f.delay:.1%}",
+            size(f.host_bytes),
+        )
+    return table
