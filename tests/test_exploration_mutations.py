@@ -36,6 +36,7 @@ from prime_async.machines.vocabulary import (
     Send,
     Settle,
     StoreBallot,
+    TakeBack,
     Tell,
 )
 from prime_async.messages import FIRST_CHAIN, ChunkInfo, ChunkKey, Commit, Ready, Turn, View, bitmap, next_chain
@@ -357,6 +358,17 @@ def test_keeping_progress_that_is_counted_is_caught(monkeypatch: pytest.MonkeyPa
 def test_giving_up_progress_that_is_not_counted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     told_position(lambda position: max(position, 0), monkeypatch)
     is_caught_by(f"({rounds.NOT_LOST}|{rounds.COUNTED_ONCE})", *schedules(40))
+
+
+@pytest.mark.parametrize("mode", ["overlapped", "streaming", "eager"])
+def test_contributing_again_what_a_missed_commit_counted_is_caught(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    def keep(self: Training, round: int, out: list[Effect]) -> None:
+        self.phase = "restoring"
+        self.account.take_back()
+        out.append(TakeBack(round=round))
+
+    monkeypatch.setattr(Training, "_give_up", keep)
+    is_caught_by(rounds.COUNTED_ONCE, *(lambda seed=seed: run_schedule(seed, mode) for seed in range(60)))
 
 
 # --- views ----------------------------------------------------------------------------------------------------------
