@@ -249,6 +249,10 @@ def test_whatever_text_a_file_has_the_answer_is_a_configuration_or_its_problems(
             "run.round.seconds: expected 0 since run.round.inner_steps is 100: give one of the two, got 60.0",
         ),
         (
+            {"run__outer__schedule": "linear"},
+            "run.rounds: expected more than run.outer.warmup_rounds (0) for run.outer.schedule, got 0",
+        ),
+        (
             {"run__mode": "streaming", "run__fragments": 3},
             "run.fragments: expected a number that divides run.round.inner_steps (100), so that all rounds are equally "
             "long, got 3",
@@ -334,7 +338,8 @@ def test_every_key_of_a_rule_is_a_setting() -> None:
         ('[run]\nname = "x"\nrun = 1', "3: run.run: unknown; did you mean run?"),
         (
             '[run]\nname = "x"\n[run.outer]\nzzz = 1',
-            "4: run.outer.zzz: unknown; [run.outer] has learning_rate, momentum",
+            "4: run.outer.zzz: unknown; [run.outer] has learning_rate, momentum, "
+            "schedule, warmup_rounds, min_learning_rate_ratio",
         ),
         ('zzz = 1\n[run]\nname = "x"', "1: zzz: unknown; the file has run, node"),
     ],

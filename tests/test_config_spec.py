@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "ce06423bff898c785e91638708d08de8c6e2f6c5b1d5c3592df89f1c94c658e9"
+GOLDEN = "1dffaba43911e021a41be545cfff1e10ece8bd3f4d17d825a459639dec1af9f7"
 
 
 def run_of(text: str) -> RunSpec:

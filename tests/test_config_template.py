@@ -62,7 +62,13 @@ INNER: dict[str, st.SearchStrategy[Any]] = {
     "min_learning_rate_ratio": ratios,
     "max_z_loss": positive,
 }
-OUTER: dict[str, st.SearchStrategy[Any]] = {"learning_rate": positive, "momentum": decays}
+OUTER: dict[str, st.SearchStrategy[Any]] = {
+    "learning_rate": positive,
+    "momentum": decays,
+    "schedule": st.just("constant"),  # linear goes with rounds alone
+    "warmup_rounds": st.integers(0, 2**20),
+    "min_learning_rate_ratio": ratios,
+}
 ROUND: dict[str, st.SearchStrategy[Any]] = {
     "inner_steps": st.integers(1, 2**10),
     "seconds": st.floats(1e-3, 86_400),

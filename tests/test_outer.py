@@ -14,6 +14,7 @@ from prime_async.config.schema import OuterSettings
 from prime_async.errors import LocalError, ProtocolError
 from prime_async.work.chunks import Chunks
 from prime_async.work.outer import OuterState
+from prime_async.work.outer import learning_rate as outer_learning_rate
 
 N, CHUNK = 1000, 256
 
@@ -186,3 +187,32 @@ def test_export_beside_a_step_is_never_a_mixture() -> None:
     thread.join()
     assert len(exports) > 1
     assert exports <= whole
+
+
+# --- the learning rate ----------------------------------------------------------------------------------------------
+
+
+def rates(rounds: int, **settings: object) -> list[float]:
+    chosen = OuterSettings.model_validate({"learning_rate": 0.8, **settings})
+    return [outer_learning_rate(round, chosen, rounds) for round in range(rounds)]
+
+
+def test_the_learning_rate_stays_at_its_peak_unless_it_is_told_otherwise() -> None:
+    assert rates(5) == [0.8] * 5
+    assert rates(5, warmup_rounds=4) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert outer_learning_rate(1000, OuterSettings(learning_rate=0.8, schedule="linear"), 0) == 0.8
+
+
+def test_a_linear_schedule_goes_down_to_its_end() -> None:
+    found = rates(6, schedule="linear", warmup_rounds=2, min_learning_rate_ratio=0.5)
+    assert found == pytest.approx([0.4, 0.8, 0.8, 0.7, 0.6, 0.5])
+    assert outer_learning_rate(99, OuterSettings(learning_rate=0.8, schedule="linear"), 6) == pytest.approx(0.08)
+
+
+def test_a_step_has_the_rate_of_its_round() -> None:
+    settings = OuterSettings(learning_rate=1.0, momentum=0.0, warmup_rounds=2)
+    state = OuterState(torch.zeros(CHUNK), CHUNK, settings)
+    for expected in (-0.5, -1.5, -2.5):
+        state.step(0, torch.ones(CHUNK), torch.empty(CHUNK))
+        state.end_round()
+        assert torch.equal(state.theta(0), torch.full((CHUNK,), expected))

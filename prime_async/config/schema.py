@@ -123,6 +123,16 @@ class OuterSettings(Settings):
 
     learning_rate: Annotated[float, Field(gt=0, description="how far the outer weights follow the mean")] = 0.7
     momentum: Annotated[Decay, Field(description="share of the last outer step that goes into the next; 0: none")] = 0.9
+    schedule: Annotated[
+        Literal["constant", "linear"],
+        Field(
+            description="of the learning rate after warm-up; linear: down to its end at run.rounds, which must be given"
+        ),
+    ] = "constant"
+    warmup_rounds: Annotated[int, Field(ge=0, le=2**40, description="linear warm-up, in rounds")] = 0
+    min_learning_rate_ratio: Annotated[Ratio, Field(description="where schedule linear ends, relative to the peak")] = (
+        0.1
+    )
 
 
 class RoundSettings(Settings):
@@ -494,6 +504,14 @@ def _round_ends_in_one_way(config: Config) -> str | None:
     return "expected a number greater than 0 since run.round.inner_steps is 0: give one of the two, got 0.0"
 
 
+def _outer_schedule_has_an_end(config: Config) -> str | None:
+    run = config.run
+    if run.outer.schedule == "constant" or run.rounds > run.outer.warmup_rounds:
+        return None
+    warmup = run.outer.warmup_rounds
+    return f"expected more than run.outer.warmup_rounds ({warmup}) for run.outer.schedule, got {run.rounds}"
+
+
 def _fragments_divide_the_round(config: Config) -> str | None:
     run = config.run
     if run.round.inner_steps % run.fragment_count == 0:
@@ -575,6 +593,7 @@ def _micro_batches_fill_a_batch(config: Config) -> str | None:
 RULES: Final = (
     Rule(("run.failure_timeout_s", "run.heartbeat_s"), _timeout_outlasts_heartbeats),
     Rule(("run.round.seconds", "run.round.inner_steps"), _round_ends_in_one_way),
+    Rule(("run.rounds", "run.outer.schedule", "run.outer.warmup_rounds"), _outer_schedule_has_an_end),
     Rule(("run.fragments", "run.round.inner_steps", "run.mode"), _fragments_divide_the_round),
     Rule(("run.inner.batch_size", "run.sequence_length", "run.round.inner_steps"), _round_weight_is_exact),
     Rule(

@@ -400,7 +400,7 @@ def open_diloco(run: RunSpec, node: NodeSettings, stream: int, corpus: Corpus | 
     theta = torch.empty(trainer.flat.numel())
     trainer.device.to_host(trainer.flat, theta)
     trainer.device.synchronize()
-    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count)
+    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     threads = node.threads or usable_cores()
     return DilocoWorkload(

@@ -34,7 +34,7 @@ class OuterState:
     Every multiplication and addition is rounded for itself, in fp32. torch's own step is not used: its ``alpha=`` forms
     are fused on some processors and not on others.
 
-    With fragments a round moves one of them, the others stay as they are.
+    ``lr`` follows ``learning_rate``; with fragments a round moves one of them, the others stay as they are.
 
     Methods may be called from any thread. A chunk has a lock of its own: who exports it sees it before or after a step,
     never between. ``round`` and the digest change in ``end_round`` and ``end_import`` alone.
@@ -43,8 +43,10 @@ class OuterState:
     cache. The digest of the whole is the BLAKE3 of the round, 8 bytes little-endian, and the chunks' digests in order.
     """
 
-    def __init__(self, theta: Tensor, chunk_elements: int, settings: OuterSettings, fragments: int = 1) -> None:
-        """``theta``, fp32 (n,) on the host, is taken over and not copied.
+    def __init__(
+        self, theta: Tensor, chunk_elements: int, settings: OuterSettings, fragments: int = 1, rounds: int = 0
+    ) -> None:
+        """``theta``, fp32 (n,) on the host, is taken over and not copied. ``rounds``: where the schedule ends.
 
         Raises :class:`~prime_async.errors.ConfigError` if there are fewer chunks than ``fragments``.
         """
@@ -59,7 +61,8 @@ class OuterState:
         self.fragments = Fragments(self.chunks.count, fragments)
         self._theta = theta
         self._momentum = torch.zeros_like(theta)
-        self._learning_rate = float(np.float32(settings.learning_rate))
+        self._settings = settings
+        self._rounds = rounds
         self._mu = float(np.float32(settings.momentum))
         self._locks = [threading.Lock() for _ in range(self.chunks.count)]
         self._digests = [self._hash(chunk) for chunk in range(self.chunks.count)]
@@ -106,7 +109,7 @@ class OuterState:
             momentum.add_(gradient)
             torch.mul(momentum, self._mu, out=scratch)
             scratch.add_(gradient)
-            scratch.mul_(self._learning_rate)
+            scratch.mul_(self._rate)
             theta.sub_(scratch)
             self._digests[chunk] = self._hash(chunk)
 
@@ -118,7 +121,12 @@ class OuterState:
         with self._locks[chunk]:
             torch.mul(self._momentum[self.chunks.span(chunk)], self._mu, out=scratch)
             scratch.add_(gradient).mul_(self._mu)
-            gradient.add_(scratch).mul_(-self._learning_rate).add_(self.theta(chunk))
+            gradient.add_(scratch).mul_(-self._rate).add_(self.theta(chunk))
+
+    @property
+    def _rate(self) -> float:
+        """Of the round that is open, as fp32 has it."""
+        return float(np.float32(learning_rate(self._round, self._settings, self._rounds)))
 
     def end_round(self) -> bytes:
         """Count the round, once every chunk of it was moved. Returns the digest."""
@@ -189,3 +197,18 @@ class OuterState:
     def _views(self, chunk: int) -> list[memoryview]:
         span = self.chunks.span(chunk)
         return [as_bytes(self._theta[span]), as_bytes(self._momentum[span])]
+
+
+def learning_rate(round: int, settings: OuterSettings, rounds: int) -> float:
+    """Of outer step ``round``, counted from 0, of ``rounds``.
+
+    Linear warm-up from ``peak / warmup_rounds`` to the peak; then it stays, or goes down linearly to the ratio of the
+    peak at ``rounds``. Additions, multiplications and divisions of doubles alone, so that every node has the same bits.
+    """
+    peak, warmup = settings.learning_rate, settings.warmup_rounds
+    if round < warmup:
+        return peak * ((round + 1) / warmup)
+    if settings.schedule == "constant" or rounds <= warmup:
+        return peak
+    done = min(1.0, (round - warmup) / (rounds - warmup))
+    return peak * (1.0 - done * (1.0 - settings.min_learning_rate_ratio))

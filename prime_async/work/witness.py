@@ -167,7 +167,7 @@ def open_witness(run: RunSpec, node: NodeSettings) -> OuterWorkload:
     set_threads(node.threads)
     theta, spans = _initial_weights(run, node)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
-    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count)
+    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds)
     return OuterWorkload(outer, spans, codec, mean_codec=mean_codec)
 
 
