@@ -58,7 +58,7 @@ def test_what_is_compared_is_what_was_promised() -> None:
 def test_a_small_measurement_reports_every_figure_and_leaves_nothing_behind(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         overlap(
-            model="llama-400k", inner_steps=16, rounds=1, runs=1, exchange_share=0.5, rtt_ms=2, fragments=2, json_=True
+            model="llama-360k", inner_steps=16, rounds=1, runs=1, exchange_share=0.5, rtt_ms=2, fragments=2, json_=True
         )
         == 0
     )
@@ -78,7 +78,7 @@ def test_a_small_measurement_reports_every_figure_and_leaves_nothing_behind(caps
 
 @needs_a_lab
 async def test_a_node_that_ends_is_told_with_its_last_words() -> None:
-    bench = replace(BENCH, nodes=2, model="llama-400k", fragments=50)
+    bench = replace(BENCH, nodes=2, model="llama-360k", fragments=50)
     streaming = next(mode for mode in modes_of(bench) if mode.name == "streaming")
     told = pytest.RaisesExc(EnvironmentFault, match="fragments = 50: the model has 3 chunks")
     with pytest.RaisesGroup(told, flatten_subgroups=True):

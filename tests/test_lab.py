@@ -24,7 +24,7 @@ H = 4
 def run_of(**settings: Any) -> RunSpec:
     values: dict[str, Any] = {
         "name": "lab",
-        "model": "llama-400k",
+        "model": "llama-360k",
         "sequence_length": 32,
         "rounds": 8,
         "round": RoundSettings(inner_steps=H),
@@ -153,7 +153,7 @@ def run_lab(nodes: Sequence[NodeProcess]) -> dict[int, str]:
 async def test_real_processes_compute_what_the_lab_computes_bit_for_bit(tmp_path: Path, mode: str) -> None:
     run = {
         "name": "lab",
-        "model": "llama-400k",
+        "model": "llama-360k",
         "sequence_length": 32,
         "rounds": 5,
         "min_members": 3,

@@ -19,7 +19,7 @@ from prime_async.work.corpus import open_shakespeare
 
 BASE = RunSpec(
     name="lab",
-    model="llama-400k",
+    model="llama-360k",
     sequence_length=16,
     rounds=3,
     round=RoundSettings(inner_steps=4),

@@ -36,6 +36,7 @@ def tokens_of(seed: int, batch_size: int, length: int) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
+        ("llama-360k", 0.36e6),
         ("llama-1m", 1e6),
         ("llama-10m", 10e6),
         ("llama-100m", 100e6),
@@ -56,7 +57,7 @@ def test_the_10b_size_has_exactly_the_parameters_of_its_shape() -> None:
 
 
 def test_every_size_is_in_the_list_that_is_tested() -> None:
-    assert list(SIZES) == ["llama-1m", "llama-10m", "llama-100m", "llama-150m", "llama-1b", "llama-10b"]
+    assert list(SIZES) == ["llama-360k", "llama-1m", "llama-10m", "llama-100m", "llama-150m", "llama-1b", "llama-10b"]
 
 
 def test_a_size_takes_the_vocabulary_of_the_data() -> None:

@@ -34,7 +34,7 @@ def lab(
     rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 50,
     inner_steps: Annotated[int, Parameter(validator=Number(gte=1))] = 20,
     learning_rates: Annotated[list[float], Parameter(negative="", consume_multiple=True)] = [2e-3, 4e-3, 8e-3],  # noqa: B006  (not changed)
-    model: str = "llama-400k",
+    model: str = "llama-360k",
     batch_size: Annotated[int, Parameter(validator=Number(gte=1))] = 8,
     sequence_length: Annotated[int, Parameter(validator=Number(gte=1))] = 64,
     outer_learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 0.7,

@@ -14,7 +14,7 @@ LLAMA_2 = 32_000
 LLAMA_3 = 128_256
 
 SIZES = {
-    "llama-400k": LlamaConfig(  # for `prime-async lab`: many runs of many workers on one machine
+    "llama-360k": LlamaConfig(  # for `prime-async lab`: many runs of many workers on one machine
         vocab_size=BYTES, width=96, layers=3, heads=3, kv_heads=3, ffn_width=256, tied_embeddings=True, init_std=0.05
     ),
     "llama-1m": LlamaConfig(  # of eight shapes with 1 M parameters the best loss per second of a CPU's core
