@@ -20,10 +20,10 @@ from prime_async.work.corpus import open_shakespeare
 BASE = RunSpec(
     name="lab",
     model="llama-360k",
-    sequence_length=16,
+    sequence_length=64,
     rounds=3,
     round=RoundSettings(inner_steps=4),
-    inner=InnerSettings(batch_size=2, warmup_steps=2),
+    inner=InnerSettings(batch_size=8, warmup_steps=2),
     exchange=ExchangeSettings(chunk_elements=2**16),
 )
 
@@ -50,8 +50,6 @@ def test_it_writes_a_report_and_a_plot_and_goes_on_where_it_was(tmp_path: Path) 
             rounds=2,
             inner_steps=4,
             learning_rates=[4e-3],
-            batch_size=2,
-            sequence_length=16,
         )
 
     assert run() == 0
