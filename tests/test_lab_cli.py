@@ -75,7 +75,7 @@ def test_it_writes_a_report_and_a_plot_and_goes_on_where_it_was(tmp_path: Path) 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name: str) -> None:
     found = perform(job(name))
-    assert 3 < found.loss < 6
+    assert 2.5 < found.loss < 5.5  # of 5.545 for a guess
     assert [step for step, _ in found.curve][-1] == 12
     assert found.sent_bytes > 0
 
