@@ -460,3 +460,19 @@ def test_after_a_missed_commit_a_contribution_is_given_up_or_taken_back(counted:
 def test_what_was_not_contributed_cannot_be_taken_back() -> None:
     with pytest.raises(LocalError, match="no contribution to take back"):
         nodes_of(1, "eager")[0].take_back(0)
+
+
+def test_after_a_jump_the_local_weights_are_not_taken_for_the_outer_ones_though_no_step_was_done() -> None:
+    """Defect: a mean without this node, or a fetched state, would have set the local weights to the outer ones."""
+    node, other = fp32_eager(2)
+    for one in (node, other):
+        one.train(H, ignore)
+    means = mean_of(node, [jump(node)])
+    apply(node, means, share=1.0)
+    merge(node)
+    jump(node)  # of no progress; with momentum the estimate is elsewhere
+    assert not torch.equal(local_weights(node), outer_weights(node))
+    held_out = node.evaluate()
+    hand_over(node, other)
+    other.restore()
+    assert held_out == other.evaluate()

@@ -103,7 +103,7 @@ class DilocoWorkload(OuterWorkload):
 
     and from s the next inner steps go on. When the mean of round r is there, x moves by ``theta_{r+1} - s`` as above.
     So the outer weights are moved by means alone, and are equal on all nodes; the estimate is local, and what it was
-    wrong by is put right. It takes two bytes a parameter more, with int8, for g_{r-1} and c_{r-1}.
+    wrong by is put right. It takes three bytes a parameter more, with int8, for g_{r-1}, c_{r-1} and c_r.
 
     *With error feedback* (arXiv 1901.09847), without a buffer for it: where the contribution c that was decoded from
     what was encoded differs from ``theta_r - s``, the difference stays in x, as progress that was not counted: s is
@@ -154,9 +154,8 @@ class DilocoWorkload(OuterWorkload):
         self._captured_at: dict[int, int] = {}  # by chunk: after so many they were noted
         self._included: dict[int, bool] = {}  # by chunk that is to be merged
         self._jumped: dict[int, bytes] = {}  # by chunk that was moved by an estimate: our contribution
-        self._last: dict[
-            int, tuple[bytes, bytes | None, float]
-        ] = {}  # by chunk: the last mean, our part in it, its share
+        # By chunk: the last mean, our contribution if it is in it, and our share of the weight.
+        self._last: dict[int, tuple[bytes, bytes | None, float]] = {}
         self._is_eager = eager
 
     def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
@@ -223,6 +222,7 @@ class DilocoWorkload(OuterWorkload):
             self.trainer.device.to_device(estimate, self.trainer.flat[span])
             self.trainer.device.synchronize()
         self._captured_at[chunk] = self._moves
+        self._equal_at[chunk] = -1  # also if no inner step was done since it was
         self._jumped[chunk] = bytes(own)
 
     def _estimate(self, chunk: int, own: memoryview, out: Tensor, scratch: Tensor) -> None:
