@@ -58,6 +58,14 @@ def parse_run(text: str, source: str) -> RunSpec:
     return _validated(_Document(source, text, {**kept, "node": stand_in})).run
 
 
+def run_from(settings: Mapping[str, str], source: str) -> RunSpec:
+    """The run spec whose flat settings (:func:`~prime_async.config.spec.flatten`) these are.
+
+    Raises :class:`ConfigError` with every problem that it has; ``source`` says where they stand.
+    """
+    return parse_run("".join(f"{key} = {value}\n" for key, value in settings.items()), source)
+
+
 def config_from(data: Mapping[str, Any], source: str = "configuration") -> Config:
     """The configuration in a tree of tables, as ``tomllib`` gives it. Raises :class:`ConfigError` as the others do."""
     return _validated(_Document(source, "", data))

@@ -14,6 +14,7 @@ from prime_async.ledger.inner import INNER_FILE, InnerFile
 from prime_async.ledger.inspection import Report, inspect_directory
 from prime_async.ledger.ledger import Ledger, Restored, SnapshotJob
 from prime_async.ledger.means import MeansFiles, StoredMeans, included
+from prime_async.ledger.newest import Newest, read_newest
 from prime_async.ledger.remote import PushReport, RemoteCopy
 from prime_async.ledger.remote_store import RemoteCopyError
 from prime_async.ledger.snapshot_format import SnapshotInfo
@@ -33,6 +34,7 @@ __all__ = [
     "Ledger",
     "LocalFiles",
     "MeansFiles",
+    "Newest",
     "PartialSnapshot",
     "PushReport",
     "RemoteCopy",
@@ -46,4 +48,5 @@ __all__ = [
     "StoredMeans",
     "included",
     "inspect_directory",
+    "read_newest",
 ]

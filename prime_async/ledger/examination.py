@@ -209,7 +209,7 @@ def examine_ballot(files: Files, path: Path) -> BallotFound:
 
 def _layout(header: Header, path: Path, round: int) -> Layout:
     """As the header has it. Raises as :meth:`SnapshotFormat.understand`, and :class:`HeaderError`."""
-    entries, prefixes = _vectors(header.entries)
+    entries, prefixes = split_vectors(header.entries)
     ends = list(accumulate((entry.nbytes // 4 for entry in entries), initial=0))
     try:
         chunks = Chunks(ends[-1], int(header.metadata["chunk_elements"]))
@@ -224,7 +224,7 @@ def _layout(header: Header, path: Path, round: int) -> Layout:
     return SnapshotFormat(run_id, {}, spans, chunks, prefixes).understand(header, path, round)
 
 
-def _vectors(entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+def split_vectors(entries: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """The tensors of the first vector, and the prefixes of all: the second may be the momentum of the first."""
     half = len(entries) // 2
     first, second = entries[:half], entries[half:]

@@ -104,14 +104,18 @@ class Ledger:
 
     # --- what is there ------------------------------------------------------------------------------------------
 
-    def scan(self) -> None:
-        """See what is there. Snapshots of another run raise :class:`ConfigError`; damage is for the reader to find."""
+    def scan(self, *, mend: bool = True) -> None:
+        """See what is there. Snapshots of another run raise :class:`ConfigError`; damage is for the reader to find.
+
+        With ``mend`` a snapshot that does not even say what it is of is removed.
+        """
         for round in self.snapshots.rounds():
             try:
                 self.snapshots.info(round)
             except DamagedError as error:
                 log.warning("snapshot_damaged", path=str(error.path), reason=str(error))
-                self.snapshots.remove(round)
+                if mend:
+                    self.snapshots.remove(round)
         for round in self.means.rounds():
             stored = self.means.stored(round)
             if stored is not None:
@@ -151,20 +155,20 @@ class Ledger:
             round, tip = commit.round + 1, commit
         return round, tip
 
-    def restore(self, each: Each | None = None) -> Restored:
+    def restore(self, each: Each | None = None, *, mend: bool = True) -> Restored:
         """Make the outer state of the workload the newest that the directory leads to.
 
         The newest snapshot that is whole, and the means since; a damaged one becomes a partial, of which the good
         chunks are kept. If there is nothing, the workload stays as it is. Raises :class:`ConfigError` if the directory
-        is of another run.
+        is of another run. Without ``mend`` nothing on disk is changed: the directory may be that of a running node.
         """
         if not self._workload.spans:
             return Restored(self._workload.round, self._workload.state_digest(), 0, None)
-        self.scan()
+        self.scan(mend=mend)
         each = each or in_threads
         tip = None
         for round in reversed(self.snapshots.rounds()):
-            if self._is_sound(round, each):
+            if self._is_sound(round, each, mend):
                 tip = self.snapshots.info(round).commit
                 self.load(round, each)
                 break
@@ -193,13 +197,14 @@ class Ledger:
             yield commit
             round, chain = round + 1, commit.chain
 
-    def _is_sound(self, round: int, each: Each) -> bool:
+    def _is_sound(self, round: int, each: Each, mend: bool) -> bool:
         """Whether every chunk of the snapshot can be read: before the first one replaces what is there."""
         try:
             each(lambda chunk: self._check_state(round, chunk), range(self._chunks.count))
         except DamagedError as error:
             log.warning("snapshot_damaged", path=str(error.path), chunk=error.chunk, reason=str(error))
-            self.snapshots.demote(round)
+            if mend:
+                self.snapshots.demote(round)
             return False
         return True
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prime_async.config.schema import NodeSettings, RunSpec
 from prime_async.errors import LocalError
@@ -165,15 +165,18 @@ def open_witness(run: RunSpec, node: NodeSettings) -> OuterWorkload:
     that do not fit.
     """
     set_threads(node.threads)
-    theta, spans = _initial_weights(run, node)
+    return outer_workload(run, *flat_weights(build_model(run, model_vocabulary(run, node))))
+
+
+def outer_workload(run: RunSpec, theta: Tensor, spans: Sequence[Span]) -> OuterWorkload:
+    """The outer state of a run that begins with ``theta`` (n,) fp32 on the host, which is taken over."""
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds)
     return OuterWorkload(outer, spans, codec, mean_codec=mean_codec)
 
 
-def _initial_weights(run: RunSpec, node: NodeSettings) -> tuple[Tensor, list[Span]]:
+def flat_weights(model: nn.Module) -> tuple[Tensor, list[Span]]:
     """fp32 (n,), in the order of ``InnerTrainer.flat``, and where each parameter lies in it."""
-    model = build_model(run, model_vocabulary(run, node))
     spans = list_spans(model)
     theta = torch.empty(spans[-1].stop)
     parameters = dict(model.named_parameters())

@@ -1,0 +1,47 @@
+"""A node's directory with the weights of a real, short run of one node: trained in this process, without sockets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from prime_async.config.load import config_from, load_config
+from prime_async.config.schema import Config
+from prime_async.config.template import node_toml
+from prime_async.node import open_node
+from prime_async.transport.memory import MemoryNetwork
+from prime_async.work.diloco import build_workload
+
+LIMIT_S = 60.0
+SHORT: dict[str, Any] = {
+    "name": "short",
+    "model": "llama-360k",
+    "sequence_length": 16,
+    "rounds": 3,
+    "round": {"inner_steps": 2},
+    "inner": {"batch_size": 2, "learning_rate": 5e-3, "warmup_steps": 1},
+    "exchange": {"chunk_elements": 2**15},
+}
+
+
+def train(folder: Path, *, node: dict[str, Any] | None = None, **run: Any) -> Config:
+    """Do all rounds of a run, and write its node.toml into ``folder``, which is made. Gives what that file says."""
+    settings = {"threads": 1, "device": "cpu", "snapshot_every": 2, "keep_snapshots": 2, **(node or {})}
+    config = config_from({"run": {**SHORT, **run}, "node": {**settings, "directory": "state"}})
+    folder.mkdir(exist_ok=True)
+    (folder / "node.toml").write_text(node_toml(config))
+    config = load_config(folder / "node.toml")
+    trio.run(_run, config)
+    return config
+
+
+async def _run(config: Config) -> None:
+    workload = build_workload(config.run, config.node, stream=1)
+    with trio.fail_after(LIMIT_S):
+        async with (
+            MemoryNetwork(seed=1).open("a" * 64) as transport,
+            open_node(config, transport=transport, workload=workload) as done,
+        ):
+            await done.wait()
