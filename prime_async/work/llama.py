@@ -8,7 +8,7 @@ heads, K elements per head, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prime_async.errors import ConfigError
+
+EMBEDDING = "model.embed_tokens.weight"
+"""The parameter of the tokens' vectors, ``(V, D)``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +223,20 @@ def build_llama(config: LlamaConfig, seed: int) -> Llama:
             continue
         std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else config.init_std
         fill_normal(values, std, seed, name)
+    return model
+
+
+def load_llama(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Llama:
+    """A Llama whose parameters are ``weights`` themselves, by name: no copy is made.
+
+    Raises :class:`~prime_async.errors.ConfigError` if they are not those of ``config``.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    try:
+        model.load_state_dict(dict(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        raise ConfigError([f"the weights are not those of {config}: {error}"]) from error
     return model
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from prime_async.config.schema import RunSpec
 from prime_async.errors import ConfigError
-from prime_async.work.llama import Llama, LlamaConfig
+from prime_async.work.llama import EMBEDDING, Llama, LlamaConfig
 
 BYTES = 256  # vocabulary of the byte tokenizer
 LLAMA_2 = 32_000
@@ -59,6 +62,17 @@ def named_size(name: str, vocab_size: int | None = None) -> LlamaConfig:
         known = ", ".join(SIZES)
         raise ConfigError([f'[run] model = "{name}": not a named size ({known}), nor "package.module:factory"'])
     return config if vocab_size is None else replace(config, vocab_size=vocab_size)
+
+
+def llama_shape(run: RunSpec, weights: Mapping[str, Tensor]) -> LlamaConfig:
+    """The shape of the Llama that ``weights``, by the parameters' names, are of, trained by ``run``.
+
+    Raises :class:`~prime_async.errors.ConfigError` if ``run.model`` is not a Llama of ours.
+    """
+    table = weights.get(EMBEDDING)
+    if ":" in run.model or table is None:
+        raise ConfigError([f'[run] model = "{run.model}": a model of your own, not a Llama: its code alone knows it'])
+    return named_size(run.model, len(table))
 
 
 def parameter_count(config: LlamaConfig) -> int:

@@ -64,8 +64,8 @@ class HuggingFaceCodec:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        ends = (tokenizer.token_to_id(name) for name in END_TOKENS)
-        self.end_token = next((end for end in ends if end is not None), None)
+        self.end_text = next((name for name in END_TOKENS if tokenizer.token_to_id(name) is not None), None)
+        self.end_token = tokenizer.token_to_id(self.end_text) if self.end_text is not None else None
 
     @classmethod
     def from_json(cls, data: bytes, name: str) -> HuggingFaceCodec:
@@ -118,6 +118,12 @@ class TokenFile:
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
         return cls(path, header, tokens, _codec(header, tokenizer, path))
+
+    def read_tokenizer(self) -> bytes:
+        """The tokenizer's JSON; empty if the tokens are bytes."""
+        with self.path.open("rb") as file:
+            file.seek(PAGE_BYTES + self.header.count * self.header.token_bytes)
+            return file.read(self.header.tokenizer_bytes)
 
     def verify(self) -> None:
         """Read all of it. Raises :class:`~prime_async.errors.DataError` if a bit differs from what was written."""
