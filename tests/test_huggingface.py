@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from prime_async.config.schema import RunSpec
 from prime_async.errors import ConfigError, DataError, StorageError
 from prime_async.huggingface import ExportSettings, Source, export_llama
 from prime_async.ledger import read_newest
+from prime_async.work.generate import Sampling, probabilities
 from prime_async.work.llama import Llama, LlamaConfig, build_llama, load_llama
 from prime_async.work.sizes import llama_shape
 from prime_async.work.tokenizer import BYTES, byte_tokenizer, open_tokenizer, run_tokenizer
 from prime_async.work.tokens import HuggingFaceCodec, write_tokens
+from tests.test_readme import block
 from tests.trained_node import train
 
 TOLERANCE = 1e-4
@@ -166,6 +170,66 @@ def test_an_export_is_replaced_only_if_asked_and_nothing_else_ever(tmp_path: Pat
     with pytest.raises(ConfigError, match="is there, and no exported model: name another directory"):
         export_llama(source(), other, ExportSettings(force=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+
+
+# --- writing and evaluating ---
+
+
+def say(*arguments: str) -> int:
+    result = app([*arguments], result_action="return_value")
+    assert isinstance(result, int)
+    return result
+
+
+def test_an_exported_model_writes_and_scores_as_the_one_in_the_directory(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given an export, when both are asked for text and for bits per byte, then the answers are the same."""
+    out = str(tmp_path / "model")
+    assert say("export", str(trained), out) == 0
+    capsys.readouterr()
+    said, figures = [], []
+    for directory in (str(trained / "state"), out):
+        assert say("generate", directory, "To be", "--max-tokens", "60", "--seed", "3") == 0
+        said.append(capsys.readouterr().out)
+        assert say("eval", directory, "--json", "--batches", "3", "--batch-size", "4") == 0
+        figures.append(json.loads(capsys.readouterr().out))
+
+    assert said[0] == said[1]
+    assert len(said[0]) > 30
+    assert (figures[0].pop("round"), figures[0].pop("run")) == (3, "short")
+    assert (figures[1].pop("round"), figures[1].pop("run")) == (None, None)
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6)
+    assert figures[0]["bytes"] == figures[0]["tokens"] == 3 * 4 * 16
+
+
+def test_the_commands_of_the_readme_do_what_it_says(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shutil.copytree(trained, tmp_path / "node"))
+    commands = block("", "prime-async export node.toml").splitlines()
+    capsys.readouterr()
+
+    assert [say(*shlex.split(command)[1:]) for command in commands] == [0, 0, 0]
+
+    assert "bits per byte" in capsys.readouterr().out
+    assert loaded(Path("model")).dtype == torch.bfloat16
+
+
+def test_what_is_drawn_is_drawn_from_what_transformers_draws_from() -> None:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    chance = torch.Generator().manual_seed(2)
+    for top_k, top_p, temperature in ((5, 1.0, 0.7), (0, 0.9, 1.3), (20, 0.5, 1.0), (3, 0.95, 2.0)):
+        logits = 3 * torch.randn(50, generator=chance)
+        theirs = TemperatureLogitsWarper(temperature)(None, logits[None])
+        theirs = TopKLogitsWarper(top_k)(None, theirs) if top_k else theirs
+        theirs = TopPLogitsWarper(top_p)(None, theirs) if top_p < 1 else theirs
+        ours = probabilities(logits, Sampling(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p))
+        torch.testing.assert_close(ours, torch.softmax(theirs[0], dim=0))
+
+
+# --- what goes wrong ---
 
 
 def test_what_stops_half_way_leaves_what_was_there(tmp_path: Path) -> None:

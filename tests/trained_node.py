@@ -10,6 +10,7 @@ import trio
 from prime_async.config.load import config_from, load_config
 from prime_async.config.schema import Config
 from prime_async.config.template import node_toml
+from prime_async.machines.facts import HeldOutLoss
 from prime_async.node import open_node
 from prime_async.transport.memory import MemoryNetwork
 from prime_async.work.diloco import build_workload
@@ -26,22 +27,21 @@ SHORT: dict[str, Any] = {
 }
 
 
-def train(folder: Path, *, node: dict[str, Any] | None = None, **run: Any) -> Config:
-    """Do all rounds of a run, and write its node.toml into ``folder``, which is made. Gives what that file says."""
+def train(folder: Path, *, node: dict[str, Any] | None = None, **run: Any) -> float:
+    """Do all rounds of a run, whose node.toml is in ``folder``, which is made. Gives the last held-out loss."""
     settings = {"threads": 1, "device": "cpu", "snapshot_every": 2, "keep_snapshots": 2, **(node or {})}
     config = config_from({"run": {**SHORT, **run}, "node": {**settings, "directory": "state"}})
     folder.mkdir(exist_ok=True)
     (folder / "node.toml").write_text(node_toml(config))
-    config = load_config(folder / "node.toml")
-    trio.run(_run, config)
-    return config
+    losses = trio.run(_run, load_config(folder / "node.toml"))
+    return losses[-1]
 
 
-async def _run(config: Config) -> None:
+async def _run(config: Config) -> list[float]:
     workload = build_workload(config.run, config.node, stream=1)
     with trio.fail_after(LIMIT_S):
         async with (
             MemoryNetwork(seed=1).open("a" * 64) as transport,
             open_node(config, transport=transport, workload=workload) as done,
         ):
-            await done.wait()
+            return [fact.loss async for fact in done.events if isinstance(fact, HeldOutLoss)]

@@ -169,8 +169,7 @@ async def _train(plan: Plan, console: Console) -> dict[str, Any]:
         found = await trio.to_thread.run_sync(_audit, plan.directory)
         result["chaos"] = {**incident.figures(children, CHAOS_RUN["failure_timeout_s"]), "audit": found}
     steady = next(name for name in plan.names if incident is None or name != incident.kill.victim.name)
-    config = _node_config(plan, steady, keys, "")
-    sample = await trio.to_thread.run_sync(_sample, config, plan.directory / steady)
+    sample = await trio.to_thread.run_sync(_sample, plan.directory / steady)
     return {**result, "sample": sample, "wall_s": round(time.monotonic() - began, 2)}
 
 
@@ -209,21 +208,17 @@ def _audit(directory: Path) -> dict[str, Any]:
     return figures(audit([directory]))
 
 
-def _sample(config: Config, home: Path) -> str:
+def _sample(home: Path) -> str:
     """A few lines of the trained model, from the outer state that a node saved."""
-    from prime_async.node.build import node_ledger
-    from prime_async.work.diloco import open_diloco
-    from prime_async.work.generate import generate
-    from prime_async.work.inner import InnerTrainer
+    from prime_async.ledger import read_newest
+    from prime_async.work.corpus import ByteCodec
+    from prime_async.work.generate import Sampling, generate
+    from prime_async.work.llama import load_llama
+    from prime_async.work.sizes import llama_shape
 
-    workload = open_diloco(config.run, config.node, stream=0)
-    there = config.node.model_copy(update={"directory": home})
-    ledger = node_ledger(config.model_copy(update={"node": there}), workload)
-    if ledger is None or not ledger.restore().round:
-        raise EnvironmentFault(f"{home}: the node saved no outer state")
-    trainer = workload.trainer
-    assert isinstance(trainer, InnerTrainer)
-    return PROMPT + "".join(generate(trainer.model, trainer.corpus, PROMPT, SAMPLE_TOKENS, 0.8, seed=0))
+    newest = read_newest(home)
+    model = load_llama(llama_shape(newest.run, newest.weights), newest.weights)
+    return PROMPT + "".join(generate(model, ByteCodec(), PROMPT, Sampling(max_tokens=SAMPLE_TOKENS)))
 
 
 def _result(children: Sequence[Child], plan: Plan) -> dict[str, Any]:

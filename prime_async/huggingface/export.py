@@ -32,6 +32,9 @@ from prime_async.work.tokenizer import TOKENIZER_FILE, Tokenizer
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
 CONFIG_FILE: Final = "config.json"
+GENERATION_FILE: Final = "generation_config.json"
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
 SHARD_BYTES: Final = 5_000_000_000
 """What the library makes of it, too: a file that most disks and mirrors take."""
 _DTYPES: Final = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
@@ -70,7 +73,7 @@ def export_llama(source: Source, out: Path, settings: ExportSettings) -> int:
         size = _write_weights(source, partial, settings)
         _write_json(partial / CONFIG_FILE, model_config(source.config, source, settings.dtype))
         ends = {"bos_token_id": None, "eos_token_id": source.tokenizer.codec.end_token}
-        _write_json(partial / "generation_config.json", ends)
+        _write_json(partial / GENERATION_FILE, ends)
         _write_json(partial / "tokenizer_config.json", _tokenizer_config(source.tokenizer))
         with _new_file(partial / TOKENIZER_FILE) as file:
             file.write(source.tokenizer.json)
@@ -166,7 +169,7 @@ def _write_weights(source: Source, directory: Path, settings: ExportSettings) ->
     if len(shards) > 1:
         places = {entry.name: file_name for file_name, shard in zip(names, shards, strict=True) for entry in shard}
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(directory / "model.safetensors.index.json", index)
+        _write_json(directory / INDEX_FILE, index)
     return total
 
 
@@ -194,7 +197,7 @@ def _shards(entries: Iterable[Entry], shard_bytes: int) -> Iterable[list[Entry]]
 
 def _shard_names(count: int) -> list[str]:
     if count == 1:
-        return ["model.safetensors"]
+        return [WEIGHTS_FILE]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 

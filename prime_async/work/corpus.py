@@ -78,6 +78,10 @@ class TextCodec(Protocol):
         """Text of ``tokens``; what is no text becomes U+FFFD."""
         ...
 
+    def text_bytes(self, tokens: Sequence[int]) -> int:
+        """Bytes of UTF-8 that all of ``tokens`` but the first stand for; an end token is no text."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ByteCodec:
@@ -93,6 +97,10 @@ class ByteCodec:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the bytes; broken sequences become U+FFFD."""
         return bytes(tokens).decode(errors="replace")
+
+    def text_bytes(self, tokens: Sequence[int]) -> int:
+        """One for each but the first, and those that end a document."""
+        return sum(token != self.end_token for token in tokens[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +164,11 @@ class TokenCorpus:
     def vocab_size(self) -> int:
         """That of the tokenizer."""
         return self._text.vocab_size
+
+    @property
+    def text(self) -> TextCodec:
+        """The tokenizer."""
+        return self._text
 
     def encode(self, text: str) -> list[int] | None:
         """Tokens of ``text``."""
@@ -222,6 +235,11 @@ def open_shakespeare(seed: int) -> TokenCorpus:
 
     Raises :class:`~prime_async.errors.DataError` if the installed file is not the one that the package shipped.
     """
+    return TokenCorpus(np.frombuffer(shakespeare(), dtype=np.uint8), ByteCodec(), seed)
+
+
+def shakespeare() -> bytes:
+    """The bundled text. Raises as :func:`open_shakespeare`."""
     packed = resources.files("prime_async.work").joinpath("data/shakespeare.txt.gz").read_bytes()
     try:
         text = gzip.decompress(packed)
@@ -229,4 +247,4 @@ def open_shakespeare(seed: int) -> TokenCorpus:
         raise DataError(f"the bundled text does not unpack ({error}): install prime-async again") from error
     if blake3(text).hexdigest() != SHAKESPEARE_DIGEST:
         raise DataError("the bundled text is not the one that was shipped: install prime-async again")
-    return TokenCorpus(np.frombuffer(text, dtype=np.uint8), ByteCodec(), seed)
+    return text

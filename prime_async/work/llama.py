@@ -56,10 +56,18 @@ class LlamaConfig:
 class Cache:
     """The keys and values of the tokens already seen: for generation, where each token is computed once."""
 
-    def __init__(self, config: LlamaConfig, batch_size: int, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Room for ``capacity`` tokens, made once. ``dtype``: what the model computes in."""
         shape = (config.layers, batch_size, config.kv_heads, capacity, config.head_width)
-        self.keys = torch.empty(shape, device=device)
-        self.values = torch.empty(shape, device=device)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prime_async.config.schema import RunSpec
 from prime_async.errors import ConfigError, DataError
-from prime_async.work.corpus import ByteCodec, TextCodec
+from prime_async.work.corpus import ByteCodec, TextCodec, TokenCorpus, shakespeare
 from prime_async.work.text import read_whole
-from prime_async.work.tokens import MAGIC, HuggingFaceCodec, TokenFile
+from prime_async.work.tokens import MAGIC, HuggingFaceCodec, TokenFile, encode_pieces
 
 TOKENIZER_FILE = "tokenizer.json"
+PIECE_LINES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,16 @@ def open_tokenizer(path: Path) -> Tokenizer:
     if not file.header.tokenizer_bytes:
         return BYTES
     return _from_json(file.read_tokenizer(), path)
+
+
+def shakespeare_in(codec: TextCodec) -> TokenCorpus:
+    """The bundled text in tokens of ``codec``, encoded in pieces that end with a line.
+
+    Of it nearly the same parts are held out as of its bytes.
+    """
+    lines = shakespeare().decode().splitlines(keepends=True)
+    pieces = ["".join(lines[i : i + PIECE_LINES]) for i in range(0, len(lines), PIECE_LINES)]
+    return TokenCorpus(np.concatenate(encode_pieces(codec, pieces)), codec, seed=0)
 
 
 def byte_tokenizer() -> bytes:

@@ -15,6 +15,7 @@ The page is written last, and the file gets its name after that: what has the na
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,8 @@ class HuggingFaceCodec:
         self.end_text = next((name for name in END_TOKENS if tokenizer.token_to_id(name) is not None), None)
         self.end_token = tokenizer.token_to_id(self.end_text) if self.end_text is not None else None
 
+        self._lengths = _byte_lengths(tokenizer)
+
     @classmethod
     def from_json(cls, data: bytes, name: str) -> HuggingFaceCodec:
         """Raises :class:`~prime_async.errors.DataError`, with ``name``, if ``data`` is no tokenizer."""
@@ -91,6 +94,31 @@ class HuggingFaceCodec:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, special ones included."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def text_bytes(self, tokens: Sequence[int]) -> int:
+        """Bytes of UTF-8 that all of ``tokens`` but the first stand for; of special ones, none.
+
+        Exact for byte-level tokenizers; of others a character that is cut at either end counts as U+FFFD.
+        """
+        if self._lengths is not None:
+            return int(self._lengths[np.asarray(tokens[1:], dtype=np.int64)].sum())
+        return self._decoded_bytes(tokens) - self._decoded_bytes(tokens[:1])
+
+    def _decoded_bytes(self, tokens: Sequence[int]) -> int:
+        return len(str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)).encode())
+
+
+def _byte_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
+    """How many bytes each token stands for, ``(V,)``, if each character of a token is a byte; else None."""
+    if (json.loads(tokenizer.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
+        return None
+    pieces = tokenizer.get_vocab(with_added_tokens=False)
+    lengths = np.zeros(max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1, dtype=np.int64)
+    for piece, token in pieces.items():
+        lengths[token] = len(piece)
+    for token, added in tokenizer.get_added_tokens_decoder().items():
+        lengths[token] = 0 if added.special else len(added.content.encode())
+    return lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,15 +297,17 @@ def _encode_group(
 ) -> npt.NDArray[np.unsignedinteger]:
     """The tokens of the pieces, one after the other; an end token after each that ends a document."""
     end = b"" if codec.end_token is None else np.array([codec.end_token], dtype=dtype).tobytes()
-    parts = [part.astype(dtype).tobytes() for part in _encode_pieces(codec, [text for text, _ in group])]
+    parts = [part.astype(dtype).tobytes() for part in encode_pieces(codec, [text for text, _ in group])]
     joined = b"".join(part + (end if ends else b"") for part, (_, ends) in zip(parts, group, strict=True))
     return np.frombuffer(joined, dtype=dtype)
 
 
-def _encode_pieces(codec: ByteCodec | HuggingFaceCodec, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
-    if isinstance(codec, HuggingFaceCodec):
-        return [np.array(tokens, dtype=np.uint32) for tokens in codec.encode_many(texts)]
-    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+def encode_pieces(codec: TextCodec, texts: list[str]) -> list[npt.NDArray[np.uint32]]:
+    """The tokens of each of ``texts``, on all cores."""
+    if isinstance(codec, ByteCodec):
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+    many = codec.encode_many(texts) if isinstance(codec, HuggingFaceCodec) else map(codec.encode, texts)
+    return [np.array(tokens, dtype=np.uint32) for tokens in many]
 
 
 def _create_partial(out: Path) -> Path:
