@@ -46,7 +46,11 @@ class NonFiniteError(LocalError):
 
 
 class ReplayMismatchError(LocalError):
-    """A machine driven from a log did not produce the recorded effects."""
+    """A machine driven from a log did not produce the recorded effects. ``index``: of the event in the log, from 0."""
+
+    def __init__(self, text: str, index: int) -> None:
+        self.index = index
+        super().__init__(text)
 
 
 class LogFormatError(LocalError):

@@ -8,7 +8,9 @@ must find the same effects, event by event.
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,15 @@ from prime_async.machines.membership import Membership, MembershipSettings
 from prime_async.machines.training import Training, TrainingSettings
 from prime_async.machines.vocabulary import ActorName, Effect, Event, Machine
 from prime_async.messages import encode
+from prime_async.words import Words
 
 log = structlog.get_logger(__name__)
 
 LOG_VERSION = 1
 EFFECTS_DIGEST_BYTES = 16
 MAX_LOG_DEPTH = 16
+MOST_REORDERED = 5
+"""Effects whose orders are tried, to say what was expected."""
 
 
 class MachineSettings(Struct, frozen=True, kw_only=True):
@@ -91,6 +96,7 @@ class LogWriter:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise StorageError(f"{path}: cannot write the message log: {error.strerror}") from error
+        self._end = weakref.finalize(self, os.close, self._fd)
         self._path = path
         self._broken = False
         self._append(LogHeader(version=LOG_VERSION, node=node, machines=machines))
@@ -110,7 +116,8 @@ class LogWriter:
             log.error("message_log_ended", path=str(self._path), error=error.strerror)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Nothing is recorded any more. It is closed at the latest when nobody has it any more."""
+        self._end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +167,7 @@ def _items(data: bytes) -> Iterator[tuple[object, int]]:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedStep:
-    """One call, driven again."""
+    """One call, driven again. ``index``: of the record in the log, from 0."""
 
     index: int
     record: LogRecord
@@ -177,14 +184,46 @@ def replay(log: MessageLog) -> Iterator[ReplayedStep]:
     for index, record in enumerate(log.records):
         where = f"event {index}, number {record.seq} of {record.actor}, {type(record.event).__name__}"
         if counts[record.actor] != record.seq:
-            raise ReplayMismatchError(f"{where}: number {counts[record.actor]} is missing from the log")
+            raise ReplayMismatchError(f"{where}: number {counts[record.actor]} is missing from the log", index)
         counts[record.actor] += 1
         try:
             effects = machines[record.actor].handle(record.now, record.event)
         except Exception as error:
-            raise ReplayMismatchError(f"{where}: the machine raised {type(error).__name__}: {error}") from error
+            text = f"{where}: the machine raised {type(error).__name__}: {error}"
+            raise ReplayMismatchError(text, index) from error
         if effects_digest(effects) != record.effects:
-            raise ReplayMismatchError(
-                f"{where}: the machine answers with other effects than the recorded ones: {effects!r}"
-            )
+            raise ReplayMismatchError(f"{where}: {_mismatch(log, index, effects)}", index)
         yield ReplayedStep(index, record, tuple(effects))
+
+
+def words_of(log: MessageLog) -> Words:
+    """Words that know the names of all nodes of which the log tells."""
+    words = Words([log.header.machines.membership.me])
+    for record in log.records:
+        words.learn(record.event)
+    return words
+
+
+def _mismatch(log: MessageLog, index: int, effects: Sequence[Effect]) -> str:
+    """What was expected, as far as a digest says it, and what came."""
+    record, words = log.records[index], words_of(log)
+    unknown = f"effects with digest {record.effects.hex()}, which is all that a log holds of them"
+    expected = _guess(record.effects, effects, words, record.now) or unknown
+    return (
+        "the machine answers with other effects than the recorded ones.\n"
+        f"  given:    {words.of(record.event)}\n"
+        f"  expected: {expected}\n"
+        f"  actual:   {words.of_all(effects, record.now)}"
+    )
+
+
+def _guess(digest: bytes, effects: Sequence[Effect], words: Words, now: float) -> str:
+    """The recorded effects, where they are the actual ones without one, or in another order, or none."""
+    if digest == effects_digest(()):
+        return "nothing"
+    shorter = (("", [*effects[:i], *effects[i + 1 :]]) for i in range(len(effects)))
+    orders = (("in this order: ", order) for order in itertools.permutations(effects[:MOST_REORDERED]))
+    for how, candidate in itertools.chain(shorter, orders if len(effects) <= MOST_REORDERED else ()):
+        if effects_digest(candidate) == digest:
+            return how + words.of_all(candidate, now)
+    return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -12,48 +11,22 @@ from msgspec.structs import replace
 from prime_async.errors import LogFormatError, ReplayMismatchError, StorageError
 from prime_async.log import LOG_VERSION, LogHeader, LogRecord, LogWriter, MessageLog, effects_digest, read_log, replay
 from prime_async.machines.facts import PeerDropped
-from prime_async.machines.vocabulary import ActorName, Effect, Event, Machine, Offended, Report
+from prime_async.machines.vocabulary import Offended, Report
 from prime_async.messages import encode
-from prime_async.testing import SimNode, Simulation, SimulationSettings
-
-
-@dataclass
-class Recorded:
-    """A machine whose calls are written down, as a runner does it."""
-
-    actor: ActorName
-    machine: Machine
-    writer: LogWriter
-    calls: int = 0
-    effects: list[list[Effect]] = field(default_factory=list)
-
-    def handle(self, now: float, event: Event) -> list[Effect]:
-        effects = self.machine.handle(now, event)
-        self.writer.record(self.actor, self.calls, now, event, effects)
-        self.calls += 1
-        self.effects.append(effects)
-        return effects
-
-
-def record(node: SimNode, path: Path) -> LogWriter:
-    writer = LogWriter(path, node.id, node.settings)
-    for actor, machine in list(node.machines.items()):
-        node.machines[actor] = Recorded(actor, machine, writer)
-    return writer
+from prime_async.testing import Simulation, SimulationSettings
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The log of a member of three that saw a crash, and of rounds before and after it."""
-    path = tmp_path_factory.mktemp("logs") / "n1.log"
+    directory = tmp_path_factory.mktemp("logs")
     simulation = Simulation(3, 5, SimulationSettings(loss=0.1, doubled=0.1))
-    writer = record(simulation.nodes["n1"], path)
+    simulation.record_to(directory)
     simulation.run_for(12.0)
     simulation.crash("n2")
     simulation.run_for(20.0)
-    writer.close()
     assert simulation.nodes["n1"].state[0] > 3
-    return path
+    return directory / "n1.log"
 
 
 def write(path: Path, *items: LogHeader | LogRecord) -> Path:

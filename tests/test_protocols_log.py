@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from prime_async.errors import LogFormatError
 from prime_async.log import LOG_VERSION, LogHeader, LogRecord, LogWriter, MachineSettings, read_log, replay
-from prime_async.machines.vocabulary import ActorName, Effect, Event, Machine
+from prime_async.machines.vocabulary import ActorName, Event
 from prime_async.messages import encode
 from prime_async.testing import Simulation, SimulationSettings
 from tests.protocols_harness import EVENTS, V1, bytes_of, choices, from_diagnostic, load, rule_of, tag, validate, values
@@ -27,29 +27,6 @@ OUT_OF_ORDER = {"no_header", "two_headers"}
 """Their items are valid each, and a schema does not see more than one."""
 
 derandomized = settings(deadline=None, derandomize=True, max_examples=40)
-
-
-class Recorded:
-    """A machine whose calls go to a log."""
-
-    def __init__(self, machine: Machine, actor: ActorName, log: LogWriter) -> None:
-        self._machine, self._actor, self._log = machine, actor, log
-        self._seq = 0
-
-    def handle(self, now: float, event: Event) -> list[Effect]:
-        effects = self._machine.handle(now, event)
-        self._log.record(self._actor, self._seq, now, event, effects)
-        self._seq += 1
-        return effects
-
-
-def record_all(simulation: Simulation, directory: Path) -> dict[str, LogWriter]:
-    """From now on every node's machines are recorded."""
-    logs = {}
-    for node in simulation.nodes.values():
-        log = logs[node.id] = LogWriter(directory / f"{node.id}.cborseq", node.id, node.settings)
-        node.machines = {name: Recorded(machine, name, log) for name, machine in node.machines.items()}
-    return logs
 
 
 def items_of(path: Path) -> list[bytes]:
@@ -100,16 +77,14 @@ def test_a_header_is_what_the_schema_describes(machines: MachineSettings) -> Non
 def test_the_logs_of_a_run_are_what_the_schema_describes_and_replay(seed: int, tmp_path: Path) -> None:
     rough = SimulationSettings(loss=0.1, doubled=0.1, rounds=6)
     simulation = Simulation(3, seed, rough)
-    logs = record_all(simulation, tmp_path)
+    simulation.record_to(tmp_path)
 
     simulation.run_for(8.0)
     simulation.crash("n2")
     simulation.run_for(30.0)
-    for log in logs.values():
-        log.close()
 
-    for name in logs:
-        path = tmp_path / f"{name}.cborseq"
+    for name in simulation.nodes:
+        path = tmp_path / f"{name}.log"
         reasons = [reason for item in items_of(path) if (reason := validate("log", item, closed=True))]
         assert reasons == []
         assert path.read_bytes() == b"".join(items_of(path))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from prime_async.errors import LocalError
 from prime_async.log import MachineSettings
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.checkpoint import CheckpointSettings
@@ -60,6 +61,7 @@ from prime_async.testing.host import Disk, SimNode, digest_of
 from prime_async.testing.kernel import Kernel, Observer
 from prime_async.testing.ledger import SimLedger, restore
 from prime_async.testing.network import Network
+from prime_async.testing.recording import SimRecorders
 from prime_async.testing.settings import SimulationSettings
 from prime_async.testing.store import Store
 from prime_async.testing.trace import lines_of, text_of
@@ -91,6 +93,7 @@ class Simulation:
         self.ledger = SimLedger(self.kernel, self.store, self._settings)
         self.disk_observers: list[Callable[[SimNode, Ballot], None]] = []
         self.hint = ""  # how to run this again
+        self._recorders: SimRecorders | None = None
         for i in range(nodes):
             self.start(f"n{i}")
 
@@ -132,6 +135,8 @@ class Simulation:
             contacts = [] if first else [n for n in ("n0", *self.nodes) if n != name]
         disk.born += 1
         node = self._new_process(name, disk, list(dict.fromkeys(contacts)))
+        if self._recorders is not None:
+            self._recorders.record(node)
         self.nodes[name] = node
         self.processes.append(node)
         chain = node.tip.chain if node.tip is not None else FIRST_CHAIN
@@ -290,6 +295,19 @@ class Simulation:
     def _view_of(self, node: SimNode) -> str:
         ballot = node.disk.ballot
         return text_of(ballot) if ballot else "without a ballot"
+
+    def record_to(self, directory: Path) -> None:
+        """Write the message log of every node to ``directory``, as a real node does: ``n1.log``.
+
+        A node that is started again writes ``n1-2.log``, and so on. Call it before anything happens; a simulation that
+        records cannot be pickled. Raises :class:`LocalError` if something has happened, :class:`StorageError` if the
+        directory cannot be written to.
+        """
+        if self.kernel.events:
+            raise LocalError(f"record_to at {self.now:.3f} s: a log begins with its node, so call it before run_until")
+        self._recorders = SimRecorders(directory)
+        for node in self.nodes.values():
+            self._recorders.record(node)
 
     def record(self) -> None:
         """From now on, keep all events and effects (the last 200,000 of them)."""
