@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from prime_async.testing import Simulation, SimulationSettings
 from prime_async.testing.properties import Properties
-from prime_async.testing.schedules import Chaos, explore, run_schedule
+from prime_async.testing.schedules import MODES, Chaos, explore, mode_settings, run_schedule
 from tests.simulation_harness import STEADY, begin, newest_round, reach, steady
 
 BLOCKS = 40
@@ -153,20 +153,18 @@ KINDS: dict[str, tuple[int, Callable[[Chaos], None]]] = {
 
 
 def run_kind(kind: str, seed: int) -> None:
+    """The modes take turns with the seeds."""
     nodes, act = KINDS[kind]
     chance = random.Random(seed)
-    chaos = begin(
-        nodes,
-        seed,
-        SimulationSettings(
-            chunk_count=chance.randint(1, 6),
-            inner_steps=chance.randint(1, 6),
-            loss=chance.choice([0, 0.05]),
-            doubled=chance.choice([0, 0.05]),
-            nat=frozenset(chance.choice([(), ("n2",)])),
-            witnesses=frozenset(chance.choice([(), ("n1",)])),
-        ),
+    settings = SimulationSettings(
+        chunk_count=chance.randint(1, 6),
+        inner_steps=chance.randint(1, 6),
+        loss=chance.choice([0, 0.05]),
+        doubled=chance.choice([0, 0.05]),
+        nat=frozenset(chance.choice([(), ("n2",)])),
+        witnesses=frozenset(chance.choice([(), ("n1",)])),
     )
+    chaos = begin(nodes, seed, mode_settings(settings, MODES[seed % len(MODES)]))
     try:
         chaos.wait(5, 20)
         act(chaos)
@@ -202,10 +200,16 @@ SECONDS = st.sampled_from([0.0, 0.05, 0.3, 1.0, 3.0, 8.0, 14.0])
 class Schedule(RuleBasedStateMachine):
     """Faults in any order; after them all must be well again."""
 
-    @initialize(nodes=st.integers(2, 4), chunks=st.integers(1, 3), seed=st.integers(0, 3), loss=st.booleans())
-    def found(self, nodes: int, chunks: int, seed: int, loss: bool) -> None:
+    @initialize(
+        nodes=st.integers(2, 4),
+        chunks=st.integers(1, 3),
+        seed=st.integers(0, 3),
+        loss=st.booleans(),
+        mode=st.sampled_from(MODES),
+    )
+    def found(self, nodes: int, chunks: int, seed: int, loss: bool, mode: str) -> None:
         made = replace(STEADY, chunk_count=chunks, inner_steps=3, loss=0.1 if loss else 0.0, doubled=0.05)
-        simulation = Simulation(nodes, seed, made)
+        simulation = Simulation(nodes, seed, mode_settings(made, mode))
         self.chaos = Chaos(simulation, Properties(simulation).watch(), random.Random(seed))
         simulation.run_for(12.0)
 
@@ -236,6 +240,10 @@ class Schedule(RuleBasedStateMachine):
     @rule(a=NODE, b=NODE, both_ways=st.booleans())
     def cut(self, a: int, b: int, both_ways: bool) -> None:
         self.chaos.simulation.cut(self.name(a), self.name(b), both_ways=both_ways)
+
+    @rule(node=NODE)
+    def spoil(self, node: int) -> None:
+        self.chaos.spoil(self.name(node))
 
     @rule(away=st.sets(NODE, max_size=2))
     def split(self, away: set[int]) -> None:

@@ -9,12 +9,14 @@ from itertools import product
 import pytest
 
 from prime_async.testing import SimulationSettings
-from prime_async.testing.schedules import Chaos
+from prime_async.testing.schedules import MODES, Chaos, mode_settings
 from tests.simulation_harness import newest_round, points, reach, steady
 
 NAMES = ("n0", "n1", "n2")
 KINDS = ("crash", "restart", "wipe", "pause", "cut")
 SMALL = SimulationSettings(chunk_count=1, inner_steps=2, step_s=0.3, latency_s=(0.02, 0.06))
+EVERY = 12
+"""Two faults are tried at every so many-th event of a round, in each mode."""
 OUT_S = 14.0
 """How long a fault that passes lasts: longer than the failure timeout."""
 
@@ -82,15 +84,26 @@ def some_pairs(event: int) -> list[tuple[Fault, Fault, int]]:
     return pairs
 
 
-def test_two_faults_of_three_nodes_beginning_at_every_step_of_a_round() -> None:
-    for event, data in points(steady(3, settings=SMALL)):
+@pytest.mark.parametrize("mode", MODES)
+def test_two_faults_of_three_nodes_beginning_at_many_steps_of_a_round(mode: str) -> None:
+    """The modes begin at steps of their own."""
+    for event, data in points(steady(3, settings=mode_settings(SMALL, mode))):
+        if event % EVERY == MODES.index(mode) * EVERY // len(MODES):
+            explore_pairs(some_pairs(event), data, event)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", MODES)
+def test_two_faults_of_three_nodes_beginning_at_every_step_of_a_round(mode: str) -> None:
+    for event, data in points(steady(3, settings=mode_settings(SMALL, mode))):
         explore_pairs(some_pairs(event), data, event)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("first", FAULTS, ids=str)
-def test_every_two_faults_of_three_nodes_at_every_two_steps(first: Fault) -> None:
-    for event, data in points(steady(3, settings=SMALL)):
+def test_every_two_faults_of_three_nodes_at_every_two_steps(first: Fault, mode: str) -> None:
+    for event, data in points(steady(3, settings=mode_settings(SMALL, mode))):
         explore_pairs(product([first], FAULTS, range(0, 160, 2)), data, event)
 
 

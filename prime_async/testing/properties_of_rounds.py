@@ -20,6 +20,7 @@ from prime_async.machines.vocabulary import (
     Heard,
     LoadSnapshot,
     Reduce,
+    Reduced,
     Send,
 )
 from prime_async.messages import (
@@ -94,6 +95,8 @@ class RoundProperties:
     def on_effects(self, node: SimNode, _actor: ActorName, event: Event, effects: list[Effect]) -> None:
         if isinstance(event, Heard) and isinstance(event.message, Plan):
             self._on_plan(event.message)
+        elif isinstance(event, Reduced):
+            self._on_reduced(event)
         self.adopted.clear()
         for effect in effects:
             match effect:
@@ -224,6 +227,11 @@ class RoundProperties:
             )
         self._not_held(node, effect, view)
         made[key] = (node, effect.members)
+
+    def _on_reduced(self, event: Reduced) -> None:
+        """Of contributions that are all left out no mean was made."""
+        if event.info.total_weight == 0:
+            self.made[event.key.round, event.key.chunk].pop(event.key, None)
 
     def _not_held(self, node: SimNode, effect: Reduce, view: View) -> None:
         """Nobody makes again what a quorum of those who vote now holds, and is there to say so."""

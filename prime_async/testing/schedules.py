@@ -19,6 +19,8 @@ from prime_async.testing.simulation import STARTS_APART, Simulation
 
 MODES = ("blocking", "overlapped", "streaming", "eager")
 ROUNDS_AFTER = 3
+SPOILS = 0.25
+"""The chance, with each disturbance, that somebody's inner steps end in NaN."""
 LIMIT_S = 180.0
 """Virtual seconds after the healing, in which everybody must be active and the run that many rounds further."""
 
@@ -93,6 +95,11 @@ class Chaos:
         if self.simulation.nodes[name].running:
             self.note(f"corrupt {name}")
             self.simulation.corrupt(name)
+
+    def spoil(self, name: str) -> None:
+        if self.simulation.nodes[name].running:
+            self.note(f"the inner steps of {name} end in NaN")
+            self.simulation.spoil(name)
 
     def damage(self, name: str) -> None:
         self.note(f"damage {self.simulation.damage(name)} on the disk of {name}")
@@ -298,12 +305,14 @@ def mode_settings(settings: SimulationSettings, mode: str) -> SimulationSettings
     return replace(settings, overlaps=mode != "blocking", eager=mode == "eager", fragments=fragments)
 
 
-def run_schedule(seed: int, mode: str = "", *, record: bool = False, disturbances: int = 5) -> Chaos:
+def run_schedule(
+    seed: int, mode: str = "", *, record: bool = False, disturbances: int = 5, spoils: bool = True
+) -> Chaos:
     """Some disturbances; then all is well, and everybody must be active and three rounds further in good time.
 
-    In one of ``MODES``; without ``mode`` they take turns with the seeds.
+    In one of ``MODES``; without ``mode`` they take turns with the seeds. ``spoils``: inner steps may end in NaN.
     """
-    chance = random.Random(seed)
+    chance, to_spoil = random.Random(seed), random.Random(f"spoils {seed}")
     mode = mode or MODES[seed % len(MODES)]
     nodes = chance.randint(2, 5)
     simulation = Simulation(nodes, seed, mode_settings(random_settings(chance), mode))
@@ -313,6 +322,8 @@ def run_schedule(seed: int, mode: str = "", *, record: bool = False, disturbance
     try:
         chaos.wait(0, 20)
         for _ in range(chance.randint(1, disturbances)):
+            if spoils and to_spoil.random() < SPOILS:
+                chaos.spoil(to_spoil.choice(list(simulation.nodes)))
             chaos.disturb()
             chaos.wait(0, 20)
         chaos.heal()

@@ -222,6 +222,14 @@ class Simulation:
         node = self.nodes[name]
         node.state = (node.state[0], digest_of("corrupt", node.state[1], self.now))
 
+    def spoil(self, name: str) -> None:
+        """Its inner steps end in NaN."""
+        self.nodes[name].not_finite = True
+
+    def garble(self, name: str) -> None:
+        """Its next contribution is of bytes that no mean can be made of."""
+        self.nodes[name].garbles = True
+
     def damage(self, name: str) -> str:
         """Bytes of something in its ledger are not what they were: of a mean or of a snapshot. Says what."""
         disk, chunk = self.disks[name], self.kernel.random.randrange(max(1, self._settings.chunk_count))

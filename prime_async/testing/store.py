@@ -49,6 +49,7 @@ class Store:
         self.read_disk: Callable[[SimNode, ChunkKey], ChunkInfo | None]
         self.lies: Callable[[SimNode, ChunkKey, ChunkInfo], ChunkInfo] = tells_no_lies
         self.parts: dict[bytes, tuple[bytes, ...]] = {}  # digest of a mean -> those of the contributions in it
+        self.garbled: set[bytes] = set()  # digests of contributions that no mean can be made of
 
     # --- what a node holds --------------------------------------------------------------------------------------
 
@@ -97,9 +98,9 @@ class Store:
         left_out: list[str] = []
         for peer, weight in zip(effect.contributors, effect.weights, strict=True):
             info = self._use(node, key) if peer == node.id else node.held.pop(("exchange", peer, key), None)
-            if info is not None:
+            if info is not None and info.digest not in self.garbled:
                 inputs.append((peer, weight, info))
-            elif peer == node.id:
+            elif info is not None or peer == node.id:
                 left_out.append(peer)
             else:
                 raise BrokenModelError(f"{node.id} reduces {effect.key} with the {key} of {peer}, which is not here")
@@ -111,7 +112,7 @@ class Store:
         )
         self.parts[info.digest] = tuple(i.digest for _, _, i in inputs)
         reduced = Reduced(key=effect.key, info=info, left_out=tuple(left_out))
-        self.kernel.later(REDUCE_S, self.kernel.on, node, self._end_reduce, node, reduced)
+        self.kernel.later(REDUCE_S, self.kernel.on, node, self._end_reduce, node, reduced, bool(inputs))
 
     def _use(self, node: SimNode, key: ChunkKey) -> ChunkInfo | None:
         """A chunk that is here, for a mean or a peer."""
@@ -121,9 +122,11 @@ class Store:
             self.kernel.post(node, "training", ContributionTaken(round=key.round))
         return info
 
-    def _end_reduce(self, node: SimNode, reduced: Reduced) -> None:
+    def _end_reduce(self, node: SimNode, reduced: Reduced, made: bool) -> None:
+        """A mean of nothing is not held."""
         if node.running:
-            self.put(node, reduced.key, reduced.info)
+            if made:
+                self.put(node, reduced.key, reduced.info)
             self.kernel.give(node, "exchange", reduced)
 
     # --- gets: the client ---------------------------------------------------------------------------------------

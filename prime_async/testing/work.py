@@ -93,6 +93,7 @@ class Work:
                 post(node, "training", Evaluated(loss=1.0), TENSOR_S)
             case Restore():
                 node.base = dict.fromkeys(range(self.settings.chunk_count), node.steps)
+                node.not_finite = False
                 post(node, "training", Restored(), TENSOR_S)
             case Save():
                 self.kernel.later(TENSOR_S, self.kernel.on, node, self._save, node)
@@ -131,15 +132,23 @@ class Work:
     # --- the outer step -----------------------------------------------------------------------------------------
 
     def _encode(self, node: SimNode, round: int, *, beside: bool) -> None:
+        finite = not node.not_finite
+        if finite:
+            self._offer(node, round)
+        if beside:
+            self.kernel.post(node, "training", Captured(round=round))
+        self.kernel.post(node, "training", Encoded(round=round, finite=finite), TENSOR_S)
+
+    def _offer(self, node: SimNode, round: int) -> None:
         node.encoded = (round, node.steps)
+        garbles, node.garbles = node.garbles, False
         for chunk in self.settings.chunks(round):
             made = Contribution(node.id, node.start, chunk, node.base.get(chunk, 0), node.steps)
             info = ChunkInfo(digest=digest_of(round, made))
             self.contributions[info.digest] = made
+            if garbles:
+                self.store.garbled.add(info.digest)
             self.store.put(node, ChunkKey(kind="contribution", round=round, chunk=chunk), info)
-        if beside:
-            self.kernel.post(node, "training", Captured(round=round))
-        self.kernel.post(node, "training", Encoded(round=round, finite=True), TENSOR_S)
 
     def _give_up(self, node: SimNode, round: int) -> None:
         """What came after the contribution stays."""
