@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import prime_async
+from prime_async.testing import Simulation
+from tests.pytest_plugin import LOADED
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LIMIT_S = 120.0
@@ -46,6 +48,28 @@ def test_a_users_own_model_and_data_train_in_the_embedding_program(tmp_path: Pat
     assert len(losses) == 60
     assert losses[-1] < losses[0] / 2
     assert re.findall(r"^round (\d): [0-9a-f]{16}, \d+ bytes sent$", done.stdout, re.MULTILINE) == ["0", "1"]
+
+
+def test_the_tests_that_the_readme_shows_pass(tmp_path: Path) -> None:
+    """Given the README's test file and a log of a node, when pytest runs it, then both tests pass."""
+    simulation = Simulation(2, 1)
+    simulation.record_to(tmp_path)
+    simulation.run_for(20.0)
+    (tmp_path / "n1.log").rename(tmp_path / "messages.log")
+    (tmp_path / "test_mine.py").write_text(block("python", "replay_log"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(prime_async.__file__).parent.parent)}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-o", "trio_mode=true", *LOADED],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_every_command_that_the_readme_names_exists() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 from blake3 import blake3
 
@@ -80,6 +81,11 @@ def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolde
     exchange = config.run.exchange
     chunks = Chunks(workload.elements, exchange.chunk_elements)
     return AuditFolder(config.node.audit, node_id, exchange.codec, exchange.codec_of_means, chunks)
+
+
+def record_path(config: Config, node_id: str) -> Path | None:  # noqa: ARG001
+    """Where the node writes its message log, if it is to. The pytest plugin puts another in its place, by node."""
+    return config.node.record
 
 
 def catch_up_window(workload: Workload) -> int:

@@ -71,6 +71,7 @@ from prime_async.node.build import (
     machine_settings,
     node_ledger,
     open_transport,
+    record_path,
 )
 from prime_async.node.events import EventStream
 from prime_async.node.meter import Meter
@@ -339,8 +340,9 @@ async def open_node(
         ballot = await node._load()
         settings = machine_settings(config, transport, workload, ballot, node._restored.tip)
         recorder = None
-        if config.node.record is not None:
-            recorder = stack.enter_context(closing(LogWriter(config.node.record, node.id, settings)))
+        record_to = record_path(config, node.id)
+        if record_to is not None:
+            recorder = stack.enter_context(closing(LogWriter(record_to, node.id, settings)))
         try:
             with single_errors(), node._scope:
                 async with trio.open_nursery() as nursery:
