@@ -113,6 +113,22 @@ def test_a_second_signal_stops_a_node_at_once_and_keeps_its_state(tmp_path: Path
         assert node.returncode == 130
 
 
+def test_a_node_leaves_before_the_end_of_a_round_that_takes_longer_than_it_may(tmp_path: Path) -> None:
+    """Given a long round and --leave-within, when a node is told to stop once, then it leaves in good order."""
+    home = tmp_path / "node"
+    run("init", home, *SMALL, "--set=run.round.inner_steps=100000")
+    with subprocess.Popen(
+        command("run", home / "node.toml", "--events", "--leave-within", "1"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as node:  # fmt: skip
+        wait_for(lines_of(node), "inner_step_done")
+        node.send_signal(signal.SIGTERM)
+        events, errors = node.communicate(timeout=LIMIT_S)
+    assert node.returncode == 0
+    assert "leaving_before_the_end_of_the_round" in errors
+    assert '"round_finished"' not in events
+
+
 def test_the_line_that_init_prints_makes_a_node_of_the_same_run(tmp_path: Path) -> None:
     """Given a founder with settings of its own, when its line is run elsewhere, then both have one run id."""
     said = run("init", tmp_path / "first", *SMALL, '--set=run.name="ours"', "--set=run.outer.momentum=0.5").stdout

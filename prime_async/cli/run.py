@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import msgspec
 import structlog
 import trio
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from prime_async.cli.logs import configure_logging
 from prime_async.config.load import load_config
@@ -29,6 +31,7 @@ def run(
     *,
     events: Annotated[bool, Parameter(negative="")] = False,
     stop_on_eof: Annotated[bool, Parameter(negative="")] = False,
+    leave_within: Annotated[float, Parameter(validator=Number(gte=0))] = math.inf,
 ) -> int:
     """Run a node.
 
@@ -43,20 +46,23 @@ def run(
         Print every event as a JSON line on stdout.
     stop_on_eof
         Also stop, at once, when stdin ends: then whoever started this node is gone.
+    leave_within
+        Seconds that a signal waits for the round to end; then the node leaves after the inner step under way. Less than
+        what starts the node waits before it kills it: Kubernetes 30, systemd 90, Docker 10 by default.
     """
     settings = load_config(config)
     configure_logging(settings.node.log_format, settings.node.log_level)
-    return trio.run(_run, settings, events, stop_on_eof)
+    return trio.run(_run, settings, events, stop_on_eof, leave_within)
 
 
-async def _run(config: Config, events: bool, stop_on_eof: bool) -> int:
+async def _run(config: Config, events: bool, stop_on_eof: bool, leave_within_s: float) -> int:
     from prime_async.node import open_node
 
     printer = _Printer() if events else None
     with trio.CancelScope() as scope:
         async with open_node(config) as node, trio.open_nursery() as nursery:
             log.info("node_started", contact=node.contact, directory=str(config.node.directory))
-            nursery.start_soon(_stop_on_signals, node, scope)
+            nursery.start_soon(_stop_on_signals, node, scope, leave_within_s)
             if stop_on_eof:
                 nursery.start_soon(_cancel_on_eof, scope)
             if printer is not None:
@@ -71,15 +77,24 @@ async def _run(config: Config, events: bool, stop_on_eof: bool) -> int:
     return EXIT_AT_ONCE if scope.cancelled_caught else 0
 
 
-async def _stop_on_signals(node: Any, scope: trio.CancelScope) -> None:
+async def _stop_on_signals(node: Any, scope: trio.CancelScope, leave_within_s: float) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for number in signals:
-            if node.stopping:
-                log.warning("stopping_at_once", signal=signal.Signals(number).name)
-                scope.cancel()
-                return
-            log.info("stopping_after_the_round", signal=signal.Signals(number).name, again="stops at once")
-            node.stop()
+        async with trio.open_nursery() as nursery:
+            async for number in signals:
+                if node.stopping:
+                    log.warning("stopping_at_once", signal=signal.Signals(number).name)
+                    scope.cancel()
+                    return
+                log.info("stopping_after_the_round", signal=signal.Signals(number).name, again="stops at once")
+                node.stop()
+                nursery.start_soon(_leave_after, node, leave_within_s)
+
+
+async def _leave_after(node: Any, seconds: float) -> None:
+    """The round takes too long: leave without it, and say goodbye."""
+    await trio.sleep(seconds)
+    log.warning("leaving_before_the_end_of_the_round", after_s=seconds)
+    node.stop(at_once=True)
 
 
 async def _cancel_on_eof(scope: trio.CancelScope) -> None:
