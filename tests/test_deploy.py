@@ -13,11 +13,12 @@ from prime_async.config.spec import flatten, run_id
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 EXAMPLES = sorted(DEPLOY.glob("*.toml"))
+CARDS = ("card-24gb.toml", "card-80gb.toml")
 RUNS = (("lan-first.toml", "lan-second.toml"), ("internet-first.toml", "internet-joiner.toml"))
 
 
 def test_the_examples_are_the_ones_that_are_known_here() -> None:
-    assert {path.name for path in EXAMPLES} == {"laptop.toml", *RUNS[0], *RUNS[1]}
+    assert {path.name for path in EXAMPLES} == {"laptop.toml", *CARDS, *RUNS[0], *RUNS[1]}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -37,7 +38,7 @@ def test_examples_that_belong_together_are_one_run(first: str, second: str) -> N
 
 
 def test_examples_that_do_not_belong_together_are_other_runs() -> None:
-    names = ("laptop.toml", *(first for first, _ in RUNS))
+    names = ("laptop.toml", *CARDS, *(first for first, _ in RUNS))
 
     assert len({run_id(load_config(DEPLOY / name).run) for name in names}) == len(names)
 
