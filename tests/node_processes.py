@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -46,6 +47,29 @@ PACED_RUN: Final[Mapping[str, Any]] = {
     "exchange": {"chunk_elements": 16384},
 }
 """Changes to it: inner steps that take time and no CPU, so that many nodes keep their pace on few cores; 8 chunks."""
+
+MODES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "blocking": {"mode": "blocking"},
+    "overlapped": {"mode": "overlapped"},
+    "streaming": {"mode": "streaming", "fragments": 2, "round": {"inner_steps": 8}},
+    "eager": {"mode": "eager"},
+}
+"""Changes to that. Rounds last equally long in all of them."""
+
+
+def modes(*usual: str) -> list[Any]:
+    """All modes, as parameters of a test; all but the ``usual`` ones are long."""
+    import pytest  # which a node has no use for
+
+    return [pytest.param(mode, marks=() if mode in usual else pytest.mark.long) for mode in MODES]
+
+
+def pairs(usual: Collection[tuple[str, str]], others: Iterable[str]) -> list[Any]:
+    """Each of ``others`` in each mode, as parameters of a test; all but the ``usual`` pairs are long."""
+    import pytest
+
+    every = itertools.product(others, MODES)
+    return [pytest.param(*pair, marks=() if pair in usual else pytest.mark.long) for pair in every]
 
 
 def paced_model(run: RunSpec, vocab_size: int) -> nn.Module:

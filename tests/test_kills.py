@@ -16,13 +16,16 @@ import trio
 
 from prime_async.audit import audit
 from tests.node_processes import (
+    MODES,
     PACED_RUN,
     NodeProcess,
     Nodes,
     assert_digests_are_equal,
     assert_no_step_is_lost,
     merged,
+    modes,
     node_processes,
+    pairs,
 )
 from tests.processes import processes_about, written_by
 
@@ -35,12 +38,9 @@ RUN: Final = merged(
 """Many small chunks: an exchange takes some tenths of a second, so that a kill hits the middle of it."""
 LIMIT_S: Final = 20.0
 """How long a test waits for any one thing, on a busy machine too."""
-MODES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "blocking": {"mode": "blocking"},
-    "overlapped": {"mode": "overlapped"},
-    "streaming": {"mode": "streaming", "fragments": 2, "round": {"inner_steps": 8}},
-}
-"""Rounds last equally long in all of them."""
+ROLES: Final = ("leader", "owner", "contributor")
+USUAL: Final = {("leader", "overlapped"), ("owner", "streaming"), ("contributor", "blocking"), ("leader", "eager")}
+"""Of who is killed in which mode: each role, and each mode. The others take minutes more."""
 NAMES: Final = "abcd"
 TORCH_CACHE: Final = "torchinductor_"
 """What torch keeps for all programs of a user."""
@@ -165,10 +165,7 @@ def _no_other_place_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
 
 
-@pytest.mark.parametrize(
-    ("role", "mode"),
-    [("leader", "blocking"), ("leader", "overlapped"), ("owner", "streaming"), ("contributor", "blocking")],
-)
+@pytest.mark.parametrize(("role", "mode"), pairs(USUAL, ROLES))
 async def test_who_is_killed_in_mid_exchange_costs_the_others_nothing(tmp_path: Path, role: str, mode: str) -> None:
     """Given four nodes, when one is killed in the middle of an exchange, then the others lose no step of theirs."""
     async with scene(tmp_path, last=UNREACHABLE if role == "contributor" else None, mode=mode) as nodes:
@@ -184,9 +181,10 @@ async def test_who_is_killed_in_mid_exchange_costs_the_others_nothing(tmp_path: 
     assert_nothing_is_wrong(tmp_path, victim, plan["round"])
 
 
-async def test_a_joiner_that_is_killed_while_it_fetches_the_state_holds_nobody_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", modes("streaming"))
+async def test_a_joiner_that_is_killed_while_it_fetches_the_state_holds_nobody_up(tmp_path: Path, mode: str) -> None:
     """Given three nodes, when a fourth is killed as it fetches the state, then no round is longer."""
-    async with scene(tmp_path, NAMES[:3], mode="streaming") as nodes:
+    async with scene(tmp_path, NAMES[:3], mode=mode) as nodes:
         joiner = await nodes.start("d")
         left = written_by(joiner.process.pid)
         await joiner.until(lambda: joiner.told("catch_up_started") != [], LIMIT_S)
@@ -208,10 +206,10 @@ async def test_a_joiner_that_is_killed_while_it_fetches_the_state_holds_nobody_u
     assert_nothing_is_left(tmp_path)
 
 
-@pytest.mark.parametrize("role", ["leader", pytest.param("member", marks=pytest.mark.long)])
-async def test_who_is_stopped_in_mid_exchange_comes_back_by_itself(tmp_path: Path, role: str) -> None:
-    """Given four nodes, when one stands still for 15 s, then the others go on, and when it wakes it joins them."""
-    async with scene(tmp_path) as nodes:
+@pytest.mark.parametrize(("role", "mode"), pairs({("leader", "overlapped")}, ("leader", "member")))
+async def test_who_is_stopped_in_mid_exchange_comes_back_by_itself(tmp_path: Path, role: str, mode: str) -> None:
+    """Given four nodes, when one stands still for a while, then the others go on, and when it wakes it joins them."""
+    async with scene(tmp_path, mode=mode) as nodes:
         name = nodes.leader if role == "leader" else "d"
         victim, others = nodes[name], nodes.all_but(name)
         plan = await victim.next("round_planned", LIMIT_S)

@@ -22,13 +22,16 @@ import trio
 
 from prime_async.bench.netlab import Lab, Links, why_not
 from tests.node_processes import (
+    MODES,
     PACED_RUN,
     NodeProcess,
     Nodes,
     assert_digests_are_equal,
     assert_no_step_is_lost,
     merged,
+    modes,
     node_processes,
+    pairs,
 )
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
@@ -37,12 +40,21 @@ LINKS: Final = Links(hosts=4, rate_mbit=50, delay_ms=20, loss_percent=0.5)
 """40 ms there and back. TCP is Reno's, as the lab has it."""
 FAILURE_S: Final = 3.0
 HASTY_RUN: Final = merged(PACED_RUN, {"heartbeat_s": 0.5, "failure_timeout_s": FAILURE_S, "round": {"inner_steps": 6}})
+DELAYED_STEPS: Final = 10
+"""Between two contributions, where the exchange of the last one takes up some of them."""
+SPLITS: Final = {"a member": 3, "the leader": 0}
+USUAL: Final = {("a member", "overlapped"), ("the leader", "blocking")}
 CHUNKS: Final = 8  # of the paced model
 NAMES: Final = "abcd"
 LIMIT_S: Final = 60.0
 """How long a test waits for any one thing, on a busy machine too."""
 QUIET: Final = ("member_lost", "member_left", "leader_silent", "leader_elected", "stepped_down", "cut_off")
 """What nobody says while the members stay as they are."""
+
+
+def hasty_run(mode: str) -> Mapping[str, Any]:
+    steps = {} if mode == "blocking" else {"inner_steps": DELAYED_STEPS * MODES[mode].get("fragments", 1)}
+    return merged(merged(MODES[mode], HASTY_RUN), {"round": steps})
 
 
 @dataclass(frozen=True)
@@ -128,16 +140,20 @@ async def test_four_nodes_do_rounds_over_a_long_link_that_loses_packets(tmp_path
 # --- splits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alone", [3, 0], ids=["a member", "the leader"])
-async def test_who_is_split_from_three_others_keeps_its_work_and_comes_back(tmp_path: Path, alone: int) -> None:
+@pytest.mark.parametrize(("alone", "mode"), pairs(USUAL, SPLITS))
+async def test_who_is_split_from_three_others_keeps_its_work_and_comes_back(
+    tmp_path: Path, alone: str, mode: str
+) -> None:
     """Given a split 3|1, when it heals, then the three have gone on, and the one comes back by itself."""
-    async with four(tmp_path, HASTY_RUN) as nodes:
-        await split_and_heal(nodes, [host for host in range(4) if host != alone], [alone])
+    async with four(tmp_path, hasty_run(mode)) as nodes:
+        cut_off = SPLITS[alone]
+        await split_and_heal(nodes, [host for host in range(4) if host != cut_off], [cut_off])
 
 
-async def test_of_equal_halves_the_one_with_the_leader_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", modes("eager"))
+async def test_of_equal_halves_the_one_with_the_leader_goes_on(tmp_path: Path, mode: str) -> None:
     """Given a split 2|2, when it heals, then the leader's half has gone on, and the others come back by themselves."""
-    async with four(tmp_path, HASTY_RUN) as nodes:
+    async with four(tmp_path, hasty_run(mode)) as nodes:
         await split_and_heal(nodes, [0, 1], [2, 3])
 
 
@@ -196,16 +212,18 @@ async def is_cut_off(node: NodeProcess, heard: int) -> None:
 # --- NAT ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_node_behind_nat_contributes_and_owns_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", modes("streaming"))
+async def test_a_node_behind_nat_contributes_and_owns_nothing(tmp_path: Path, mode: str) -> None:
     """Given a host that drops what comes uncalled, when its node has no settings for it, then its work counts."""
-    async with four(tmp_path, HASTY_RUN, behind_nat=[3]) as nodes:
+    async with four(tmp_path, hasty_run(mode), behind_nat=[3]) as nodes:
         await nodes.rounds_of(3)
         assert_takes_part_from_behind_nat(nodes, [3])
 
 
-async def test_one_node_that_can_be_reached_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", modes("eager"))
+async def test_one_node_that_can_be_reached_is_enough(tmp_path: Path, mode: str) -> None:
     """Given four nodes, when all but one are behind NAT, then that one owns all, and the work of all counts."""
-    async with four(tmp_path, HASTY_RUN, behind_nat=[1, 2, 3]) as nodes:
+    async with four(tmp_path, hasty_run(mode), behind_nat=[1, 2, 3]) as nodes:
         await nodes.rounds_of(3)
         assert_takes_part_from_behind_nat(nodes, [1, 2, 3])
 
@@ -214,7 +232,7 @@ def assert_takes_part_from_behind_nat(nodes: Four, behind_nat: Sequence[int]) ->
     hidden = [nodes.nodes[host] for host in behind_nat]
     for round in set.intersection(*(set(shared_rounds(node)) for node in nodes)):
         owned = {node.name: node.told("round_planned", round=round)[-1]["chunks_owned"] for node in nodes}
-        assert sum(owned.values()) == CHUNKS
+        assert sum(owned.values()) == CHUNKS // nodes.nodes[0].run.fragment_count
         assert [owned[node.name] for node in hidden] == [0] * len(hidden)
         assert all(node.told("round_finished", round=round)[0]["tokens"] > 0 for node in hidden)
     assert_digests_are_equal(nodes)

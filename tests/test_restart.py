@@ -8,12 +8,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 import trio
 
 from prime_async.cli.restore import restore
 from prime_async.config.spec import run_id
 from prime_async.ledger import MeansFiles
-from tests.node_processes import PACED_RUN, NodeProcess, assert_digests_are_equal, merged, node_processes
+from tests.node_processes import (
+    MODES,
+    PACED_RUN,
+    NodeProcess,
+    assert_digests_are_equal,
+    assert_no_step_is_lost,
+    merged,
+    modes,
+    node_processes,
+)
 
 LIMIT_S: Final = 40.0
 RUN: Final = merged(PACED_RUN, {"heartbeat_s": 0.5, "failure_timeout_s": 2.0})
@@ -36,12 +46,15 @@ async def restored(node: NodeProcess) -> dict[str, Any]:
     return node.told("ledger_restored")[0]
 
 
-async def test_a_node_that_was_killed_comes_back_from_its_disk_and_fetches_what_it_missed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", modes("overlapped"))
+async def test_a_node_that_was_killed_comes_back_from_its_disk_and_fetches_what_it_missed(
+    tmp_path: Path, mode: str
+) -> None:
     """Given three nodes, when one is killed and starts again later, then it fetches the rounds between, and no more.
 
     Means are on disk before it is known that they are committed: of the round that was open some may lie there.
     """
-    async with node_processes(tmp_path, RUN) as nodes:
+    async with node_processes(tmp_path, merged(RUN, MODES[mode])) as nodes:
         first, second, victim = [await nodes.start(name, **ALL_MEANS) for name in "abc"]
         await victim.until(lambda: len(victim.told("round_finished")) >= 4, LIMIT_S)
         await victim.kill()
@@ -59,18 +72,21 @@ async def test_a_node_that_was_killed_comes_back_from_its_disk_and_fetches_what_
         missed = range(came_back["round"], caught_up["round"])
         assert len(missed) >= 2
         assert {int(path.stem) for path in kept.iterdir()} <= {*range(missed.start + 1)}
-        lacked = CHUNKS * len(missed) - chunks_on_disk(kept.parent, first, missed.start)
+        lacked = CHUNKS // first.run.fragment_count * len(missed) - chunks_on_disk(kept.parent, first, missed.start)
         needed = MEAN_BYTES / CHUNKS * lacked
         assert needed <= caught_up["fetched_bytes"] <= needed + 4096 * len(missed)
         await again.rounds(2, LIMIT_S)
         assert_digests_are_equal([first, second, again])
+        for node in (first, second):
+            assert_no_step_is_lost(node)
 
 
-async def test_a_run_whose_nodes_are_all_killed_goes_on_from_their_disks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", modes("eager"))
+async def test_a_run_whose_nodes_are_all_killed_goes_on_from_their_disks(tmp_path: Path, mode: str) -> None:
     """Given three nodes, when all are killed at once, then no committed round is lost, also the newest."""
     ports = iter(unused_tcp_ports(6))
     doors: dict[str, dict[str, Any]] = {n: {"port": next(ports), "bulk_port": next(ports)} for n in "abc"}
-    async with node_processes(tmp_path, RUN) as nodes:
+    async with node_processes(tmp_path, merged(RUN, MODES[mode])) as nodes:
         before = [await nodes.start(name, **KEPT, **doors[name]) for name in "abc"]
         for node in before:
             await node.until(lambda node=node: len(node.told("round_finished")) >= 4, LIMIT_S)  # type: ignore[misc]
@@ -156,10 +172,14 @@ async def test_a_run_goes_on_from_a_remote_copy_after_its_only_disk_is_lost(tmp_
 
 def chunks_on_disk(directory: Path, member: NodeProcess, round: int) -> int:
     """How many of the means of ``round`` that were committed, as ``member`` has them, lie in ``directory``."""
-    sizes = [int(MEAN_BYTES / CHUNKS)] * CHUNKS
-    record = MeansFiles(member.directory / "state", run_id(member.run), sizes).record(round)
+
+    def means(directory: Path) -> MeansFiles:
+        sizes = [int(MEAN_BYTES / CHUNKS)] * CHUNKS
+        return MeansFiles(directory, run_id(member.run), sizes, fragments=member.run.fragment_count)
+
+    record = means(member.directory / "state").record(round)
     assert record is not None
-    return len(MeansFiles(directory, run_id(member.run), sizes).present(round, record.means))
+    return len(means(directory).present(round, record.means))
 
 
 def unused_tcp_ports(count: int) -> list[int]:
