@@ -252,6 +252,20 @@ def test_a_node_alone_whose_ledger_is_damaged_writes_a_snapshot_as_soon_as_it_kn
     assert [f.snapshot for f in facts_of(joiner, CatchUpStarted)][-1] > 1
 
 
+@pytest.mark.parametrize("back", [1, 2, 3])
+def test_a_mean_of_the_last_rounds_that_is_damaged_stops_nobody_who_waits_for_one_that_needs_it(back: int) -> None:
+    """Defect: those of the last two might be on their way to the disk; no more came, and no snapshot was written."""
+    chaos = steady(2, settings=replace(ALL_MEANS, min_members=2))
+    chaos.simulation.crash("n1")
+    chaos.simulation.run_for(15.0)
+    node = chaos.simulation.nodes["n0"]
+    assert not node.disk.snapshots
+    node.disk.means[node.state[0] - back].damaged.add(0)
+    chaos.simulation.start("n1", wiped=True)
+    agree(chaos)
+    assert node.disk.snapshots or back == 1  # those of the very last round are in memory, too
+
+
 def test_damage_that_is_found_while_a_node_catches_up_is_mended_from_others() -> None:
     chaos = steady(3, settings=ALL_MEANS)
     chaos.simulation.crash("n2")

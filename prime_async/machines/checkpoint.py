@@ -141,6 +141,7 @@ class Checkpoint:
     adopting: int = -1  # the round whose pending means are taken for committed
     writing: int = -1  # the round of the snapshot that is being written
     coming: int = -1  # the round whose means, applied by training, may be on their way to the disk
+    seen: int = -1  # the newest round whose means, which led to our state, have been on disk
     floor: int = 0  # what is on disk of earlier rounds does not lead to our state
     started_at: float = 0.0
     asked_at: float | None = None
@@ -168,7 +169,8 @@ class Checkpoint:
                 self._on_own(event, out)
             case LedgerAt():
                 self.disk = event
-                if self.own is not None and not leads_to(self.own.round, self.floor, self.disk):
+                self._see()
+                if self.own is not None and not leads_to(self.own.round, self.floor, self.disk, self.seen):
                     self._write_if_due(out)
                 self._tidy(out)
             case ViewChanged(view=view):
@@ -201,7 +203,13 @@ class Checkpoint:
         self.coming = at.round - 1 if self.own is not None else -1
         self.own = self.told = at
         self.wrong = False
+        self._see()
         self._write_if_due(out)
+
+    def _see(self) -> None:
+        """Which means have come to the disk: they are not on their way there any more."""
+        if self.own is not None:
+            self.seen = max([self.seen, *(r for r in self.disk.means if r < self.own.round)])
 
     def _on_message(self, peer: str, message: Message, out: list[Effect]) -> None:
         if peer not in self.providers.members:
@@ -550,7 +558,7 @@ class Checkpoint:
         self.torn = self.stranger = False
         self.wrong = self._expected(round) not in (digest, None) or (self.wrong and what == "advancing")
         if what == "loading":
-            self.base, self.floor = ("own", round), round
+            self.base, self.floor, self.seen = ("own", round), round, -1
             self.catch_up.choose_snapshot(None, out)
         elif what == "importing" and self.repair is not None:
             fact = StateMended(round=round, chunks=self.repair.total, before=self.repair.before.hex(), now=digest.hex())
@@ -583,7 +591,7 @@ class Checkpoint:
     def _write_if_due(self, out: list[Effect]) -> None:
         if self.own is None or self.writing >= 0 or self.phase != "settled":
             return
-        if self.keeping.is_due(self.own.round, self.floor, self.disk):
+        if self.keeping.is_due(self.own.round, self.floor, self.disk, self.seen):
             self.writing = self.own.round
             out.append(WriteSnapshot(round=self.own.round))
 

@@ -27,11 +27,11 @@ class Keeping:
     snapshots: int
     rounds: int
 
-    def is_due(self, round: int, floor: int, disk: LedgerAt) -> bool:
+    def is_due(self, round: int, floor: int, disk: LedgerAt, seen: int = -1) -> bool:
         """Whether a snapshot of the outer state after ``round`` rounds is to be written."""
         if round == 0 or round in disk.snapshots:
             return False
-        return (self.every > 0 and round % self.every == 0) or not leads_to(round, floor, disk)
+        return (self.every > 0 and round % self.every == 0) or not leads_to(round, floor, disk, seen)
 
     def what_goes(self, round: int, floor: int, disk: LedgerAt) -> Keep | None:
         """What to keep, if that is not all. The outer state is that after ``round`` rounds.
@@ -45,18 +45,19 @@ class Keeping:
         return Keep(snapshots=kept, means_from=means_from)
 
 
-def leads_to(round: int, floor: int, disk: LedgerAt) -> bool:
+def leads_to(round: int, floor: int, disk: LedgerAt, seen: int = -1) -> bool:
     """Whether a snapshot, or the initial weights, and the means since make the outer state after ``round`` rounds.
 
-    Those of the last rounds may still be on their way to the disk; and where nothing is, nothing is to be kept.
+    Those of the last rounds may still be on their way to the disk, but for those up to ``seen``, which were there; and
+    where nothing ever was, nothing is to be kept.
     """
-    if not disk.snapshots and not disk.means:
+    if not disk.snapshots and not disk.means and seen < 0:
         return True
     snapshots = [s for s in disk.snapshots if floor <= s <= round]
     first = max(snapshots, default=0)
     if floor > 0 and not snapshots:
         return False
-    return {*range(first, round - WRITES_BEHIND)} <= {*disk.means}
+    return {*range(first, max(round - WRITES_BEHIND, min(seen + 1, round)))} <= {*disk.means}
 
 
 def means_from(round: int, floor: int, disk: LedgerAt, coming: int) -> int:
