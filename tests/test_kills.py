@@ -36,11 +36,13 @@ RUN: Final = merged(
     PACED_RUN, {"heartbeat_s": 0.5, "failure_timeout_s": FAILURE_S, "exchange": {"chunk_elements": 131072 // CHUNKS}}
 )
 """Many small chunks: an exchange takes some tenths of a second, so that a kill hits the middle of it."""
-LIMIT_S: Final = 20.0
+LIMIT_S: Final = 60.0
 """How long a test waits for any one thing, on a busy machine too."""
 ROLES: Final = ("leader", "owner", "contributor")
 USUAL: Final = {("leader", "overlapped"), ("owner", "streaming"), ("contributor", "blocking"), ("leader", "eager")}
 """Of who is killed in which mode: each role, and each mode. The others take minutes more."""
+HEARD_S: Final = 0.05
+"""What a node told before it was stopped has been heard after this."""
 NAMES: Final = "abcd"
 TORCH_CACHE: Final = "torchinductor_"
 """What torch keeps for all programs of a user."""
@@ -107,17 +109,25 @@ def shared(node: NodeProcess, contributors: int) -> set[int]:
 
 
 async def kill_in_mid_exchange(
-    victim: NodeProcess, others: Iterable[NodeProcess], *, owns: bool | None = None
+    victim: NodeProcess, others: Sequence[NodeProcess], *, owns: bool | None = None
 ) -> dict[str, Any]:
-    """Kill it as soon as it has begun an exchange, in which it owns chunks, or does not. Gives what it told of that."""
+    """Kill it as soon as it has begun an exchange, in which it owns chunks, or does not. Gives what it told of that.
+
+    It is stopped first: on a busy machine the exchange may be over when we hear of it, and then it is the next one.
+    """
     left = written_by(victim.process.pid)
     with trio.fail_after(LIMIT_S):
-        plan = await victim.next("round_planned")
-        while owns not in (None, plan["chunks_owned"] > 0):  # shares follow the measured bandwidth, and may be 0
+        while True:
             plan = await victim.next("round_planned")
+            if owns not in (None, plan["chunks_owned"] > 0):  # shares follow the measured bandwidth, and may be 0
+                continue
+            victim.pause()
+            await trio.sleep(HEARD_S)
+            ended = [n for n in (victim, *others) if n.told("round_committed", round=plan["round"])]
+            if not ended:
+                break
+            victim.resume()
     await victim.kill()
-    assert victim.told("round_committed", round=plan["round"]) == []
-    assert not any(node.told("round_finished", round=plan["round"]) for node in others)
     assert {path for path in left if victim.directory not in path.parents} == set()
     return plan
 
