@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import httpx
 
 import prime_async
 from prime_async.testing import Simulation
+from tests.processes import processes_about
 from tests.pytest_plugin import LOADED
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -70,6 +76,48 @@ def test_the_tests_that_the_readme_shows_pass(tmp_path: Path) -> None:
     )
 
     assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_node_trains_inside_a_real_web_application(tmp_path: Path) -> None:
+    """Given the README's FastAPI app under uvicorn, when it is asked over HTTP, then it answers while its node trains.
+
+    And when it is told to end, then the node leaves, with its state on disk, and the server ends as it should.
+    """
+    (tmp_path / "app.py").write_text(block("python", "lifespan"))
+    root = Path(prime_async.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    settings = ["run.model=llama-1m", "run.sequence_length=16", "run.round.inner_steps=2", "run.inner.batch_size=1"]
+    settings += ["node.host=127.0.0.1", "node.port=0", "node.bulk_port=0", "node.threads=1"]
+    init = [sys.executable, "-m", "prime_async", "init", ".", *(f"--set={s}" for s in settings)]
+    subprocess.run(init, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=LIMIT_S)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-m", "uvicorn", "app:app", "--fd", str(listener.fileno())]
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True
+        )
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=address, timeout=LIMIT_S) as client:
+            progress = client.get("/progress").json()  # answered once the node is open
+            until = time.monotonic() + LIMIT_S
+            while progress["round"] < 2 and time.monotonic() < until:
+                time.sleep(0.05)
+                progress = client.get("/progress").json()
+            assert client.get("/openapi.json").status_code == 200
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=LIMIT_S)
+    finally:
+        server.kill()
+        server.wait()
+
+    assert progress["round"] >= 2, said
+    assert progress["steps"] >= 4
+    assert len(progress["id"]) == 64
+    assert "Application shutdown complete" in said
+    assert server.returncode in (0, -signal.SIGTERM), said  # uvicorn ends by the signal that it was told to end by
+    assert "Traceback" not in said
+    assert list((tmp_path / "state").glob("*.safetensors"))
+    assert processes_about(tmp_path) == []
 
 
 def test_every_command_that_the_readme_names_exists() -> None:

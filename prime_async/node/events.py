@@ -21,7 +21,7 @@ class EventStream:
     def __init__(self) -> None:
         self._facts: deque[Fact] = deque()
         self._something = trio.Event()
-        self._closed = False
+        self.closed = False
         self.missed = 0
 
     def put(self, fact: Fact) -> None:
@@ -31,8 +31,19 @@ class EventStream:
         self._facts.append(fact)
         self._something.set()
 
+    def take(self) -> Fact | None:
+        """The next fact, if one is here. ``closed`` says whether there may be more."""
+        return self._facts.popleft() if self._facts else None
+
+    async def wait(self) -> None:
+        """Until there is one to take, or the stream is closed."""
+        while not (self._facts or self.closed):
+            if self._something.is_set():
+                self._something = trio.Event()
+            await self._something.wait()
+
     def close(self) -> None:
-        self._closed = True
+        self.closed = True
         self._something.set()
 
     def __aiter__(self) -> EventStream:
@@ -40,9 +51,8 @@ class EventStream:
 
     async def __anext__(self) -> Fact:
         await trio.lowlevel.checkpoint()
-        while not self._facts:
-            if self._closed:
+        while (fact := self.take()) is None:
+            if self.closed:
                 raise StopAsyncIteration
-            self._something = trio.Event()
-            await self._something.wait()
-        return self._facts.popleft()
+            await self.wait()
+        return fact

@@ -1,0 +1,9 @@
+"""prime-async in an asyncio program: the same entry points as in a trio program, with the same behaviour.
+
+trio runs as a guest of asyncio's loop, in the same thread; see :mod:`prime_async.guest.side`. Tested with asyncio's own
+loop on Linux; uvloop and Windows are not tested.
+"""
+
+from prime_async.guest.node import GuestEvents, GuestNode, open_node
+
+__all__ = ["GuestEvents", "GuestNode", "open_node"]

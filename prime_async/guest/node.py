@@ -1,0 +1,108 @@
+"""A node in an asyncio program: :func:`open_node`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import prime_async.node
+from prime_async.config.schema import Config
+from prime_async.guest.side import TrioSide, trio_side
+from prime_async.machines.facts import Fact
+from prime_async.node.events import EventStream
+from prime_async.node.meter import Meter
+from prime_async.node.node import Node
+from prime_async.transport.base import Traffic, Transport
+from prime_async.work.workload import Workload
+
+
+class GuestEvents:
+    """A node's events for asyncio; see :class:`~prime_async.node.events.EventStream`."""
+
+    def __init__(self, side: TrioSide, stream: EventStream) -> None:
+        self._side = side
+        self._stream = stream
+
+    @property
+    def missed(self) -> int:
+        """Facts that nobody read in time."""
+        return self._stream.missed
+
+    def __aiter__(self) -> GuestEvents:
+        return self
+
+    async def __anext__(self) -> Fact:
+        await asyncio.sleep(0)
+        while (fact := self._stream.take()) is None:
+            if self._stream.closed:
+                raise StopAsyncIteration
+            await self._side.run(self._stream.wait)  # cancelled, it has taken nothing
+        return fact
+
+
+class GuestNode:
+    """A :class:`~prime_async.node.node.Node` for asyncio, with the same members. Made by :func:`open_node`."""
+
+    def __init__(self, side: TrioSide, node: Node) -> None:
+        self.events = GuestEvents(side, node.events)
+        self._side = side
+        self._node = node
+
+    @property
+    def config(self) -> Config:
+        return self._node.config
+
+    @property
+    def id(self) -> str:
+        """See :class:`~prime_async.node.node.Node`, as for all members below."""
+        return self._node.id
+
+    @property
+    def contact(self) -> str:
+        return self._node.contact
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._node.traffic
+
+    @property
+    def round(self) -> int:
+        return self._node.round
+
+    @property
+    def meter(self) -> Meter:
+        return self._node.meter
+
+    @property
+    def workload(self) -> Workload:
+        return self._node.workload
+
+    @property
+    def stopping(self) -> bool:
+        return self._node.stopping
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """From the loop's own thread, as all of asyncio."""
+        self._node.stop(at_once=at_once)
+
+    async def wait(self) -> None:
+        await self._side.run(self._node.wait)
+
+
+@asynccontextmanager
+async def open_node(
+    config: Config, *, transport: Transport | None = None, workload: Workload | None = None
+) -> AsyncIterator[GuestNode]:
+    """Run a node for as long as the block lasts, in asyncio: :func:`prime_async.open_node`, with its promises.
+
+    ``transport``, if it is given, is one of trio's.
+
+    If the node cannot go on, the block is cancelled and the node's error is raised. Where the block is not left then,
+    as in a web server that goes on without its node, ``node.events`` have ended.
+    """
+    async with (
+        trio_side() as side,
+        side.holding(prime_async.node.open_node(config, transport=transport, workload=workload)) as node,
+    ):
+        yield GuestNode(side, node)
