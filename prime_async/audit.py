@@ -8,7 +8,7 @@ record, in CBOR; its name holds a digest of that, so it is written once, and dam
 the view, and compares the bytes: with those, and so with each other, of all nodes. What this checks is *whose* bytes,
 which of them, with what weights, went into a mean, whoever made it, under which attempt, and from whom it was fetched:
 all that a dying node can disturb. It is not a second implementation of the arithmetic, which is that of
-:mod:`prime_async.work.codec` and :mod:`prime_async.work.reduce`; their tests have one.
+:mod:`prime_async.work.codec` and :mod:`prime_async.work.reducers`; their tests have one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import torch
 from blake3 import blake3
 from msgspec import Struct
 
+from prime_async.config.schema import ExchangeSettings, ReducerName
 from prime_async.errors import DataError, ProtocolError
 from prime_async.messages import ChunkInfo, ChunkKey, decode, encode, positions
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import CodecName, as_tensor, make_codec
 from prime_async.work.reduce import weighted_mean
+from prime_async.work.reducers import make_reducer
 
 log = structlog.get_logger(__name__)
 
@@ -54,7 +56,7 @@ class MeanRecord(Struct, frozen=True, kw_only=True, tag_field="t", tag="mean"):
     """The mean of ``chunk`` that ``node`` settled, under the number by which it had it; (0, 0): it came as settled.
 
     ``contributors`` and ``total_weight``: of the header. ``members`` are those that the bitmap is over, with the
-    ``weights`` of the plan; empty if the node did not know them.
+    ``weights`` of the plan; empty if the node did not know them. ``reduce`` and ``trim``: how the run makes means.
     """
 
     node: str
@@ -64,6 +66,8 @@ class MeanRecord(Struct, frozen=True, kw_only=True, tag_field="t", tag="mean"):
     epoch: int
     attempt: int
     codec: CodecName
+    reduce: ReducerName
+    trim: int
     elements: int
     contributors: bytes
     total_weight: int
@@ -82,12 +86,11 @@ class AuditFolder:
     missing.
     """
 
-    def __init__(self, path: Path, node: str, codec: CodecName, mean_codec: CodecName, chunks: Chunks) -> None:
-        """``codec``: of contributions. ``chunks``: how the run divides the vector."""
+    def __init__(self, path: Path, node: str, exchange: ExchangeSettings, chunks: Chunks) -> None:
+        """``exchange``: of the run. ``chunks``: how it divides the vector."""
         self._path = path
         self._node = node
-        self._codec = codec
-        self._mean_codec = mean_codec
+        self._exchange = exchange
         self._chunks = chunks
         self._broken = False
 
@@ -97,7 +100,7 @@ class AuditFolder:
             node=self._node,
             round=key.round,
             chunk=key.chunk,
-            codec=self._codec,
+            codec=self._exchange.codec,
             elements=self._chunks.size(key.chunk),
             payload=bytes(payload),
         )
@@ -121,7 +124,9 @@ class AuditFolder:
             chunk=key.chunk,
             epoch=key.epoch,
             attempt=key.attempt,
-            codec=self._mean_codec,
+            codec=self._exchange.codec_of_means,
+            reduce=self._exchange.reduce,
+            trim=self._exchange.trim,
             elements=self._chunks.size(key.chunk),
             contributors=info.contributors,
             total_weight=info.total_weight,
@@ -245,7 +250,7 @@ def _audit_mean(
         result.unchecked.append(f"{what}: there is no contribution of {names}, which the header names")
         return
     choices = itertools.islice(itertools.product(*(contributions[node] for node in who)), MAX_COMBINATIONS)
-    if not any(_mean_of(choice, weights, plan.codec) == plan.payload for choice in choices):
+    if not any(_mean_of(choice, weights, plan) == plan.payload for choice in choices):
         names = ", ".join(node[:8] for node in who)
         result.differences.append(f"{what}: the mean of the contributions of {names} is another than the settled one")
         return
@@ -257,18 +262,17 @@ def _audit_mean(
 
 def _content(mean: MeanRecord) -> tuple[object, ...]:
     """What must be equal on all nodes."""
-    return mean.codec, mean.elements, mean.contributors, mean.total_weight, mean.payload
+    return mean.codec, mean.reduce, mean.trim, mean.elements, mean.contributors, mean.total_weight, mean.payload
 
 
-def _mean_of(
-    contributions: Sequence[ContributionRecord], weights: Sequence[int], mean_codec: CodecName
-) -> bytes | None:
-    """The encoded mean, in this order; ``None`` if one of them is not valid."""
+def _mean_of(contributions: Sequence[ContributionRecord], weights: Sequence[int], plan: MeanRecord) -> bytes | None:
+    """The encoded mean, in this order and made as ``plan`` says; ``None`` if one of them is not valid."""
     codec, elements = make_codec(contributions[0].codec), contributions[0].elements
     if any((c.codec, c.elements) != (codec.name, elements) for c in contributions):
         return None
     payloads = [as_tensor(memoryview(c.payload)) for c in contributions]
-    means = make_codec(mean_codec)
+    means, reducer = make_codec(plan.codec), make_reducer(plan.reduce, plan.trim)
     out = torch.empty(means.payload_bytes(elements), dtype=torch.uint8)
-    left_out = weighted_mean(codec, payloads, weights, out, (torch.empty(elements), torch.empty(elements)), means)
+    scratch = torch.empty(elements), torch.empty(elements)
+    left_out = weighted_mean(codec, payloads, weights, out, scratch, means, reducer)
     return None if left_out else out.numpy().tobytes()

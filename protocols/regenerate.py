@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from prime_async.config.schema import OuterSettings
+from prime_async.config.schema import OuterSettings, ReducerName
 from prime_async.errors import NonFiniteError
 from prime_async.ledger import StoredBallot
 from prime_async.ledger.means_format import (
@@ -143,6 +143,7 @@ from prime_async.messages import (
 from prime_async.work.codec import CodecName, as_bytes, as_tensor, make_codec
 from prime_async.work.outer import OuterState
 from prime_async.work.reduce import weighted_mean
+from prime_async.work.reducers import make_reducer
 
 V1 = Path(__file__).parent / "v1"
 MOST = 2**63 - 1
@@ -1115,26 +1116,66 @@ def mean_vectors() -> list[dict[str, Any]]:
         ("in_another_order", "fp32", [[1e8] * 4, [-1e8] * 4, [1.0] * 4], [1, 1, 1]),
         ("beyond_the_largest", "fp32", [[FP32_MAX] * 4, [FP32_MAX] * 4, [FP32_MAX] * 4], [1, 1, 1]),
     ]
-    out = []
-    for name, codec_name, inputs, weights in cases:
-        payloads = [x if isinstance(x, bytes) else encoded(codec_name, f32(x)) for x in inputs]
-        codec = make_codec(codec_name)
-        mean = torch.zeros(codec.payload_bytes(4), dtype=torch.uint8)
-        left_out = weighted_mean(
-            codec, [as_tensor(memoryview(p)) for p in payloads], weights, mean, (torch.zeros(4), torch.zeros(4))
-        )
-        out.append(
-            {
-                "name": f"{codec_name}_{name}",
-                "codec": codec_name,
-                "elements": 4,
-                "payloads_hex": [p.hex() for p in payloads],
-                "weights": weights,
-                "left_out": left_out,
-                "mean_hex": bytes(as_bytes(mean)).hex(),
-            }
-        )
-    return out
+    return [mean_vector(*case) for case in cases] + [
+        mean_vector(f"{reduce}_{name}", codec_name, inputs, weights, reduce, trim)
+        for name, codec_name, inputs, weights, reduce, trim in other_mean_cases(a, b, c)
+    ]
+
+
+def other_mean_cases(
+    a: list[float], b: list[float], c: list[float]
+) -> list[tuple[str, CodecName, list[list[float] | bytes], list[int], ReducerName, int]]:
+    minus_three_a, zero, huge = [-3 * x for x in a], [0.0] * 4, [FP32_MAX] * 4
+    half_turned = [FP32_MAX, -FP32_MAX, -FP32_MAX, -FP32_MAX]
+    tiny = [2.0**-149, 0.0, 0.0, 2.0**-149]
+    return [
+        ("three_uneven", "fp32", [a, b, c], [3, 1, 7], "rda", 1),
+        ("three_uneven", "int8", [a, b, c], [3, 1, 7], "rda", 1),
+        ("one_not_valid", "int8", [a, b"\xff" * 8, c], [3, 1, 7], "rda", 1),
+        ("of_five_elements", "fp32", [[0.1, 0.2, 0.3, 0.4, 0.5], [9.0, 1e-3, 7.0, 5.0, -1.0]], [1, 1], "rda", 1),
+        ("with_zeros", "fp32", [a, zero], [1, 1], "rda", 1),
+        ("zeros_alone", "fp32", [zero, zero], [1, 1], "rda", 1),
+        ("opposite_ways", "fp32", [b, [-x for x in b]], [1, 1], "rda", 1),
+        ("opposite_but_for_rounding", "fp32", [a, minus_three_a], [1, 1], "rda", 1),
+        ("large_and_tiny", "fp32", [huge, tiny], [1, 1], "rda", 1),
+        ("beyond_the_largest", "fp32", [huge, half_turned], [1, 1], "rda", 1),
+        ("no_weight_at_all", "fp32", [a, b], [0, 0], "rda", 1),
+        ("four", "fp32", [a, b, c, huge], [1, 2, 3, 4], "trimmed_mean", 1),
+        ("five", "fp32", [a, b, c, huge, half_turned], [1, 2, 3, 4, 5], "trimmed_mean", 1),
+        ("more_than_there_are", "fp32", [a, b, c, huge, half_turned], [1, 2, 3, 4, 5], "trimmed_mean", 7),
+        ("two", "int8", [a, b], [3, 1], "trimmed_mean", 1),
+        ("three", "fp32", [a, b, c], [1, 1, 1], "median", 1),
+        ("four", "fp32", [a, b, c, huge], [1, 2, 3, 4], "median", 1),
+        ("one_without_weight", "fp32", [a, b, c, huge], [1, 2, 3, 0], "median", 1),
+        ("zeros_of_both_signs", "fp32", [[0.0, -0.0, -1.0, 1.0], [-0.0, -0.0, -0.0, -0.0]], [1, 1], "median", 1),
+    ]
+
+
+def mean_vector(
+    name: str,
+    codec_name: CodecName,
+    inputs: list[list[float] | bytes],
+    weights: list[int],
+    reduce: ReducerName = "mean",
+    trim: int = 1,
+) -> dict[str, Any]:
+    """``reduce`` and ``trim`` stand in it where they say something."""
+    payloads = [x if isinstance(x, bytes) else encoded(codec_name, f32(x)) for x in inputs]
+    codec, n = make_codec(codec_name), next((len(x) for x in inputs if isinstance(x, list)), 4)
+    mean = torch.zeros(codec.payload_bytes(n), dtype=torch.uint8)
+    scratch = torch.zeros(n), torch.zeros(n)
+    tensors = [as_tensor(memoryview(p)) for p in payloads]
+    left_out = weighted_mean(codec, tensors, weights, mean, scratch, reducer=make_reducer(reduce, trim))
+    return {
+        "name": f"{codec_name}_{name}",
+        "codec": codec_name,
+        **({} if reduce == "mean" else {"reduce": reduce, "trim": trim}),
+        "elements": n,
+        "payloads_hex": [p.hex() for p in payloads],
+        "weights": weights,
+        "left_out": left_out,
+        "mean_hex": bytes(as_bytes(mean)).hex(),
+    }
 
 
 def payload_rejects() -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from prime_async.actors.auditor import Auditor
 from prime_async.actors.tensors import Tensors
 from prime_async.audit import Audit, AuditFolder, audit
+from prime_async.config.schema import ExchangeSettings, ReducerName
 from prime_async.errors import DataError
 from prime_async.machines.vocabulary import Settle
 from prime_async.messages import ChunkInfo, ChunkKey, Commit, bitmap
@@ -19,8 +20,10 @@ from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import as_bytes, make_codec
 from prime_async.work.reduce import weighted_mean
+from prime_async.work.reducers import make_reducer
 
 CHUNKS = Chunks(elements=600, chunk_elements=512)
+EXCHANGE = ExchangeSettings(codec="int8", mean_codec="fp16", trim=2)
 MEMBERS = ("a" * 64, "b" * 64, "c" * 64)
 WEIGHTS = (3, 0, 5)
 """The second one was not ready for the round."""
@@ -38,20 +41,24 @@ def payload(chunk: int, seed: int) -> memoryview:
     return as_bytes(out)
 
 
-def mean_of(chunk: int, payloads: Sequence[memoryview], weights: Sequence[int]) -> memoryview:
+def mean_of(
+    chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], reduce: ReducerName = "mean"
+) -> memoryview:
     codec, mean_codec, n = make_codec("int8"), make_codec("fp16"), CHUNKS.size(chunk)
     out = torch.empty(mean_codec.payload_bytes(n), dtype=torch.uint8)
     tensors = [torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in payloads]
-    assert weighted_mean(codec, tensors, weights, out, (torch.empty(n), torch.empty(n)), mean_codec) == []
+    scratch, reducer = (torch.empty(n), torch.empty(n)), make_reducer(reduce, EXCHANGE.trim)
+    assert weighted_mean(codec, tensors, weights, out, scratch, mean_codec, reducer) == []
     return as_bytes(out)
 
 
 class Run:
     """Three nodes' folders in ``home``, with what the first and the third contributed to round 4."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, reduce: ReducerName = "mean") -> None:
         self.home = home
-        self.folders = [AuditFolder(home / m[0] / "audit", m, "int8", "fp16", CHUNKS) for m in MEMBERS]
+        exchange = EXCHANGE.model_copy(update={"reduce": reduce})
+        self.folders = [AuditFolder(home / m[0] / "audit", m, exchange, CHUNKS) for m in MEMBERS]
         for chunk in range(CHUNKS.count):
             for i in (0, 2):
                 self.contribute(i, chunk, seed=i)
@@ -69,8 +76,9 @@ class Run:
         who: Sequence[int] = (0, 2),
         total: int = 8,
         members: tuple[str, ...] = MEMBERS,
+        reduce: ReducerName = "mean",
     ) -> None:
-        mean = mean_of(chunk, [payload(chunk, s) for s in seeds], [WEIGHTS[i] for i in who])
+        mean = mean_of(chunk, [payload(chunk, s) for s in seeds], [WEIGHTS[i] for i in who], reduce)
         info = ChunkInfo(digest=bytes(32), contributors=bitmap(list(who)), total_weight=total)
         weights = WEIGHTS[: len(members)]
         self.folders[node].mean(mean_key(chunk), info, mean, lineage=LINEAGE, members=members, weights=weights)
@@ -116,6 +124,18 @@ def test_a_mean_of_other_bytes_or_with_other_weights_is_found(
         assert differences == [
             "round 4, chunk 0: the mean of the contributions of aaaaaaaa, cccccccc is another than the settled one"
         ]
+
+
+@pytest.mark.parametrize("reduce", ["rda", "trimmed_mean", "median"])
+def test_a_mean_is_made_anew_as_the_run_makes_it(tmp_path: Path, reduce: ReducerName) -> None:
+    run = Run(tmp_path, reduce)
+    run.settle(0, 0, reduce=reduce)
+    run.settle(0, 1, reduce="mean")
+    found = run.audit()
+    assert found.means == 1
+    assert found.differences == [
+        "round 4, chunk 1: the mean of the contributions of aaaaaaaa, cccccccc is another than the settled one"
+    ]
 
 
 def test_weights_that_are_not_those_of_the_header_are_found(run: Run) -> None:
@@ -172,7 +192,7 @@ def test_folders_without_a_mean_are_no_success(run: Run, tmp_path: Path) -> None
 
 def test_a_disk_that_cannot_be_written_ends_the_writing_and_not_the_node(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    folder = AuditFolder(tmp_path / "file", MEMBERS[0], "int8", "fp16", CHUNKS)
+    folder = AuditFolder(tmp_path / "file", MEMBERS[0], EXCHANGE, CHUNKS)
     for _ in range(2):
         folder.contribution(ChunkKey(kind="contribution", round=0, chunk=0), payload(0, 0))
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
@@ -182,7 +202,7 @@ async def test_an_auditor_writes_what_an_audit_reads(tmp_path: Path) -> None:
     """Given contributions and means of a node alone, when both are written, then each mean is that of the other."""
     workload = BufferWorkload.random(CHUNKS.elements, CHUNKS.chunk_elements, make_codec("int8"), seed=0)
     tensors = Tensors(workload, 2)
-    auditor = Auditor(AuditFolder(tmp_path, MEMBERS[0], "int8", "fp16", CHUNKS), tensors)
+    auditor = Auditor(AuditFolder(tmp_path, MEMBERS[0], EXCHANGE, CHUNKS), tensors)
     chunks, means = {}, {}
     for chunk in range(workload.chunk_count):
         encoded, info = tensors.encode(chunk)

@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "1dffaba43911e021a41be545cfff1e10ece8bd3f4d17d825a459639dec1af9f7"
+GOLDEN = "e2fba7a26300d34639d0df617ca47e4216ebf80ee3ecdd167537cef6370c6329"
 
 
 def run_of(text: str) -> RunSpec:
@@ -64,6 +64,8 @@ def test_another_value_makes_another_run() -> None:
         {"round": RoundSettings(seconds=60.0)},
         {"inner": InnerSettings(betas=(0.9, 0.9))},
         {"exchange": ExchangeSettings(codec="fp32")},
+        {"exchange": ExchangeSettings(reduce="rda")},
+        {"exchange": ExchangeSettings(trim=2)},
     ]
 
     ids = {run_id(plain.model_copy(update=change)) for change in changes} | {run_id(plain)}

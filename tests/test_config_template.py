@@ -77,6 +77,8 @@ EXCHANGE: dict[str, st.SearchStrategy[Any]] = {
     "codec": st.sampled_from(["int8", "fp32"]),
     "mean_codec": st.sampled_from(["same", "int8", "int4"]),
     "error_feedback": st.booleans(),
+    "reduce": st.sampled_from(["mean", "rda", "trimmed_mean", "median"]),
+    "trim": st.integers(1, 2**15),
     "chunk_elements": st.integers(1, 2**18).map(lambda n: 256 * n),
 }
 RUN: dict[str, st.SearchStrategy[Any]] = {

@@ -77,6 +77,15 @@ def test_workers_of_any_delay_have_the_same_outer_weights(mode: str, fragments: 
     assert digests(Team(run, STREAMS)) != digests(Team(run, STREAMS, delay=lambda *_: 1))
 
 
+@pytest.mark.parametrize("reduce", ["rda", "trimmed_mean", "median"])
+def test_whoever_reduces_a_chunk_in_another_way_all_workers_have_the_same_outer_weights(reduce: str) -> None:
+    run = run_of(mode="overlapped", exchange=ExchangeSettings(reduce=reduce, chunk_elements=2**16))
+    found = digests(Team(run, STREAMS, delay=lambda worker, _: worker), 3)
+    assert len(set(found)) == 3
+    mean = run.model_copy(update={"exchange": ExchangeSettings(chunk_elements=2**16)})
+    assert found[0] != digests(Team(mean, STREAMS), 1)[0]
+
+
 def test_a_run_is_the_same_in_pieces() -> None:
     whole, pieces = Team(run_of(), STREAMS), Team(run_of(), STREAMS)
     assert digests(whole, 4) == digests(pieces, 1) + digests(pieces, 3)

@@ -39,6 +39,7 @@ from prime_async.testing import SimNode, Simulation
 from prime_async.work.codec import as_bytes, as_tensor, make_codec
 from prime_async.work.outer import OuterState
 from prime_async.work.reduce import weighted_mean
+from prime_async.work.reducers import make_reducer
 from tests.protocols_harness import bytes_of, from_diagnostic, load, validate, values
 
 CODEC: list[dict[str, Any]] = load("vectors/codec.json")
@@ -94,7 +95,9 @@ def test_contributions_reduce_to_the_golden_mean(case: dict[str, Any]) -> None:
     out = torch.full((codec.payload_bytes(n),), 0xAA, dtype=torch.uint8)
     scratch = (torch.full((n,), torch.nan), torch.full((n,), torch.nan))
 
-    left_out = weighted_mean(codec, [raw(p) for p in case["payloads_hex"]], case["weights"], out, scratch)
+    reducer = make_reducer(case.get("reduce", "mean"), case.get("trim", 1))
+    payloads = [raw(p) for p in case["payloads_hex"]]
+    left_out = weighted_mean(codec, payloads, case["weights"], out, scratch, reducer=reducer)
 
     assert (hexadecimal(out), left_out) == (case["mean_hex"], case["left_out"])
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from prime_async.work.block_scales import BLOCK
 from prime_async.work.codec import Codec, CodecName, as_bytes, make_codec
-from prime_async.work.reduce import shares, weighted_mean
+from prime_async.work.reduce import weighted_mean
+from prime_async.work.reducers import shares
 
 FLT_MAX = float(np.finfo(np.float32).max)
 

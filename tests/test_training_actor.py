@@ -21,6 +21,7 @@ from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import TrainingActor
 from prime_async.audit import AuditFolder
+from prime_async.config.schema import ExchangeSettings
 from prime_async.errors import ProtocolError
 from prime_async.machines.vocabulary import (
     Applied,
@@ -148,7 +149,8 @@ async def test_a_contribution_is_written_for_an_audit_before_it_can_be_served(tm
             super().put(key, chunk)
 
     there: list[int] = []
-    async with training(Looking(), AuditFolder(tmp_path, "a" * 64, "fp32", "fp32", Chunks(600, 256))) as bench:
+    folder = AuditFolder(tmp_path, "a" * 64, ExchangeSettings(codec="fp32"), Chunks(600, 256))
+    async with training(Looking(), folder) as bench:
         bench.actor.perform(Encode(round=4))
         assert await bench.posted() == Encoded(round=4, finite=True)
         assert there == [3, 3, 3]

@@ -164,6 +164,7 @@ class RoundSettings(Settings):
 
 
 CodecName = Literal["int8", "int4", "e3m0", "fp16", "fp32"]
+ReducerName = Literal["mean", "rda", "trimmed_mean", "median"]
 
 
 class ExchangeSettings(Settings):
@@ -186,6 +187,23 @@ class ExchangeSettings(Settings):
             "(arXiv 1901.09847); for codecs of few bits. The means have none"
         ),
     ] = False
+    reduce: Annotated[
+        ReducerName,
+        Field(
+            description="what owners make of the contributions to a chunk. mean: their mean, weighted by tokens; rda: "
+            "the direction is the mean of their directions, the size that of their sizes (arXiv 2604.21428), for many "
+            "nodes that disagree; trimmed_mean, median: of each element (1803.01498), whatever a few nodes contribute; "
+            "these two count nodes and not tokens, and need 4 bytes for each element of a chunk and node"
+        ),
+    ] = "mean"
+    trim: Annotated[
+        Positive,
+        Field(
+            le=MAX_MEMBERS // 2,
+            description="trimmed_mean leaves out so many of the largest values of each element, and as many of the "
+            "smallest; with no more than twice as many nodes it is the median",
+        ),
+    ] = 1
     chunk_elements: Annotated[
         int,
         Field(

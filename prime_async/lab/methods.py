@@ -86,6 +86,7 @@ _ALL: Final = (
     _codec("e3m0", "blocking, e3m0 both ways", codec="e3m0"),
     _codec("int4-feedback", "int4 with error feedback", codec="int4", error_feedback=True),
     _codec("e3m0-feedback", "e3m0 with error feedback", codec="e3m0", error_feedback=True),
+    Method(name="rda", about="direction and size averaged apart", against="blocking", run={"exchange.reduce": "rda"}),
     Method(
         name="muon-fp32",
         about="blocking, inner Muon, fp32",

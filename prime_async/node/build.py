@@ -79,8 +79,7 @@ def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolde
     if config.node.audit is None:
         return None
     exchange = config.run.exchange
-    chunks = Chunks(workload.elements, exchange.chunk_elements)
-    return AuditFolder(config.node.audit, node_id, exchange.codec, exchange.codec_of_means, chunks)
+    return AuditFolder(config.node.audit, node_id, exchange, Chunks(workload.elements, exchange.chunk_elements))
 
 
 def record_path(config: Config, node_id: str) -> Path | None:  # noqa: ARG001

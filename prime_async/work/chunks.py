@@ -13,6 +13,7 @@ from prime_async.errors import ProtocolError
 from prime_async.work.buffers import ScratchPool
 from prime_async.work.codec import Codec, as_tensor
 from prime_async.work.reduce import weighted_mean
+from prime_async.work.reducers import Reducer, mean
 from prime_async.work.threads import torch_threads
 
 
@@ -53,13 +54,15 @@ class ChunkCodec:
         chunks: Chunks,
         allocate: Callable[[int], Tensor] = torch.empty,
         mean_codec: Codec | None = None,
+        reducer: Reducer = mean,
     ) -> None:
-        """``mean_codec``: of means, if not ``codec``.
+        """``mean_codec``: of means, if not ``codec``. ``reducer`` makes them.
 
         ``allocate(n)`` makes scratch, fp32 (n,) on the host: pinned, if a device copies into it.
         """
         self._codec = codec
         self._mean_codec = mean_codec or codec
+        self._reducer = reducer
         self._chunks = chunks
         self._scratch = ScratchPool(min(chunks.chunk_elements, chunks.elements), allocate)
 
@@ -103,6 +106,7 @@ class ChunkCodec:
     def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
         """As :func:`weighted_mean`."""
         with self.work_on(chunk) as scratch:
+            tensors = [as_tensor(p) for p in payloads]
             return weighted_mean(
-                self._codec, [as_tensor(p) for p in payloads], weights, as_tensor(out), scratch, self._mean_codec
+                self._codec, tensors, weights, as_tensor(out), scratch, self._mean_codec, self._reducer
             )

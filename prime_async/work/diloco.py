@@ -21,6 +21,7 @@ from prime_async.work.device import Device, usable_cores
 from prime_async.work.factory import open_inner_trainer
 from prime_async.work.inner import EVALUATION_BATCHES, Span
 from prime_async.work.outer import OuterState
+from prime_async.work.reducers import Reducer, make_reducer, mean
 from prime_async.work.schedule import Pace, pace
 from prime_async.work.threads import torch_threads
 from prime_async.work.witness import OuterWorkload, open_witness
@@ -103,7 +104,8 @@ class DilocoWorkload(OuterWorkload):
 
     and from s the next inner steps go on. When the mean of round r is there, x moves by ``theta_{r+1} - s`` as above.
     So the outer weights are moved by means alone, and are equal on all nodes; the estimate is local, and what it was
-    wrong by is put right. It takes three bytes a parameter more, with int8, for g_{r-1}, c_{r-1} and c_r.
+    wrong by is put right, also where means are no plain averages (``run.exchange.reduce``), as the estimate takes them
+    to be. It takes three bytes a parameter more, with int8, for g_{r-1}, c_{r-1} and c_r.
 
     *With error feedback* (arXiv 1901.09847), without a buffer for it: where the contribution c that was decoded from
     what was encoded differs from ``theta_r - s``, the difference stays in x, as progress that was not counted: s is
@@ -131,16 +133,17 @@ class DilocoWorkload(OuterWorkload):
         threads: int,
         mean_codec: Codec | None = None,
         *,
+        reducer: Reducer = mean,
         overlaps: bool = False,
         error_feedback: bool = False,
         eager: bool = False,
     ) -> None:
         """``outer`` starts at the trainer's weights. ``threads``: torch threads of the inner steps.
 
-        ``mean_codec``: of means, if not ``codec``. ``overlaps``: there is to be a ``capture``, or,
-        ``eager``, a ``jump``.
+        ``mean_codec``: of means, if not ``codec``. ``reducer`` makes them. ``overlaps``: there is to be a ``capture``,
+        or, ``eager``, a ``jump``.
         """
-        super().__init__(outer, trainer.spans, codec, trainer.device.staging, mean_codec)
+        super().__init__(outer, trainer.spans, codec, trainer.device.staging, mean_codec, reducer)
         self.trainer = trainer
         self._pace = pace
         self._threads = threads
@@ -410,6 +413,7 @@ def open_diloco(run: RunSpec, node: NodeSettings, stream: int, corpus: Corpus | 
         pace(run),
         threads,
         mean_codec,
+        reducer=make_reducer(run.exchange.reduce, run.exchange.trim),
         overlaps=run.overlaps,
         error_feedback=run.exchange.error_feedback,
         eager=run.mode == "eager",

@@ -17,6 +17,7 @@ from prime_async.work.device import set_threads
 from prime_async.work.factory import build_model, model_vocabulary
 from prime_async.work.inner import Span, list_spans
 from prime_async.work.outer import STATE_PREFIXES, OuterState
+from prime_async.work.reducers import Reducer, make_reducer, mean
 from prime_async.work.threads import torch_threads
 from prime_async.work.workload import StepReport
 
@@ -35,14 +36,15 @@ class OuterWorkload:
         codec: Codec,
         allocate: Callable[[int], Tensor] = torch.empty,
         mean_codec: Codec | None = None,
+        reducer: Reducer = mean,
     ) -> None:
-        """``spans``: where each parameter lies. ``mean_codec``: of means, if not ``codec``.
+        """``spans``: where each parameter lies. ``mean_codec``: of means, if not ``codec``. ``reducer`` makes them.
 
         ``allocate(n)`` makes scratch on the host, as in ``ChunkCodec``.
         """
         self._outer = outer
         self._spans = spans
-        self._codec = ChunkCodec(codec, outer.chunks, allocate, mean_codec)
+        self._codec = ChunkCodec(codec, outer.chunks, allocate, mean_codec, reducer)
 
     @property
     def elements(self) -> int:
@@ -171,8 +173,9 @@ def open_witness(run: RunSpec, node: NodeSettings) -> OuterWorkload:
 def outer_workload(run: RunSpec, theta: Tensor, spans: Sequence[Span]) -> OuterWorkload:
     """The outer state of a run that begins with ``theta`` (n,) fp32 on the host, which is taken over."""
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
+    reducer = make_reducer(run.exchange.reduce, run.exchange.trim)
     outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds)
-    return OuterWorkload(outer, spans, codec, mean_codec=mean_codec)
+    return OuterWorkload(outer, spans, codec, mean_codec=mean_codec, reducer=reducer)
 
 
 def flat_weights(model: nn.Module) -> tuple[Tensor, list[Span]]:

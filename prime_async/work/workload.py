@@ -75,7 +75,7 @@ class Workload(Protocol):
         ...
 
     def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
-        """Write the encoded weighted mean of ``payloads`` into ``out``; sums in fp32 and in the order given.
+        """Write the encoded mean of ``payloads``, weighted or otherwise, into ``out``: the same bytes on every node.
 
         Returns the positions of the payloads that were left out because they are not valid (wrong size, or not
         finite); their weights do not count. With nothing left the mean is zero.
