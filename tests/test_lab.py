@@ -10,7 +10,14 @@ import pytest
 import torch
 import trio
 
-from prime_async.config.schema import ExchangeSettings, InnerSettings, OuterSettings, RoundSettings, RunSpec
+from prime_async.config.schema import (
+    ExchangeSettings,
+    InnerSettings,
+    OuterSettings,
+    ReducerName,
+    RoundSettings,
+    RunSpec,
+)
 from prime_async.lab.team import DataParallel, LabError, Team, no_delay
 from prime_async.log import read_log
 from prime_async.machines.vocabulary import Captured, Merged, StepsDone
@@ -78,7 +85,9 @@ def test_workers_of_any_delay_have_the_same_outer_weights(mode: str, fragments: 
 
 
 @pytest.mark.parametrize("reduce", ["rda", "trimmed_mean", "median"])
-def test_whoever_reduces_a_chunk_in_another_way_all_workers_have_the_same_outer_weights(reduce: str) -> None:
+def test_whoever_reduces_a_chunk_in_another_way_all_workers_have_the_same_outer_weights(
+    reduce: ReducerName,
+) -> None:
     run = run_of(mode="overlapped", exchange=ExchangeSettings(reduce=reduce, chunk_elements=2**16))
     found = digests(Team(run, STREAMS, delay=lambda worker, _: worker), 3)
     assert len(set(found)) == 3
