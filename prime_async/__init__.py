@@ -1,6 +1,7 @@
 """Train one language model on computers that belong to many people, over ordinary internet links.
 
 ``prime_async.open_node(config)`` runs a node inside a trio program; the command ``prime-async`` does the same.
+``prime_async.open_exchange(config, elements)`` averages tensors among friends, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,14 +13,25 @@ from prime_async.errors import PrimeAsyncError
 if TYPE_CHECKING:
     from prime_async.config.load import load_config, parse_config
     from prime_async.config.schema import Config
-    from prime_async.node import Node, open_node
+    from prime_async.node import Friends, Node, open_exchange, open_node
 
-__all__ = ["Config", "Node", "PrimeAsyncError", "load_config", "open_node", "parse_config"]
+__all__ = [
+    "Config",
+    "Friends",
+    "Node",
+    "PrimeAsyncError",
+    "load_config",
+    "open_exchange",
+    "open_node",
+    "parse_config",
+]
 
 _HOMES = {
     "Config": "prime_async.config.schema",
+    "Friends": "prime_async.node",
     "Node": "prime_async.node",
     "load_config": "prime_async.config.load",
+    "open_exchange": "prime_async.node",
     "open_node": "prime_async.node",
     "parse_config": "prime_async.config.load",
 }

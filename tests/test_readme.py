@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 
 import prime_async
 from prime_async.testing import Simulation
+from prime_async.transport.keys import read_key_file
 from tests.processes import processes_about
 from tests.pytest_plugin import LOADED
 
@@ -118,6 +120,48 @@ def test_a_node_trains_inside_a_real_web_application(tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert list((tmp_path / "state").glob("*.safetensors"))
     assert processes_about(tmp_path) == []
+
+
+def test_friends_in_two_processes_average_a_tensor(tmp_path: Path) -> None:
+    """Given the README's program in two processes, when each gives a number, then both print the mean."""
+    (tmp_path / "friends.py").write_text(block("python", "open_exchange"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(prime_async.__file__).parent.parent)}
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports = [listener.getsockname()[1] for listener in (first, second)]
+    common = ["--set=run.min_members=2", "--set=run.exchange.codec=fp32", "--set=node.host=127.0.0.1"]
+
+    def prime(*words: str) -> str:
+        command = [sys.executable, "-m", "prime_async", *words]
+        run = partial(subprocess.run, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+        return str(run(command, timeout=LIMIT_S).stdout)
+
+    prime("init", "one", f"--set=node.port={ports[0]}", f"--set=node.bulk_port={ports[1]}", *common)
+    keys = {name: tmp_path / name / "node.key" for name in ("one", "two")}
+    contact = f"{read_key_file(keys['one']).id}@127.0.0.1:{ports[0]}"
+    prime("init", "two", f'--set=node.join=["{contact}"]', "--set=node.port=0", "--set=node.bulk_port=0", *common)
+    (tmp_path / "one" / "allowed-keys.txt").write_text(read_key_file(keys["two"]).id)
+
+    command = [sys.executable, "friends.py"]
+    friends = [
+        subprocess.Popen(
+            [*command, f"{name}/node.toml", number],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, number in (("one", "1.0"), ("two", "4.0"))
+    ]
+    try:
+        said = [friend.communicate(timeout=LIMIT_S)[0] for friend in friends]
+    finally:
+        for friend in friends:
+            friend.kill()
+            friend.wait()
+
+    assert all("the mean is 2.5" in text for text in said), said
+    assert [friend.returncode for friend in friends] == [0, 0], said
 
 
 def test_every_command_that_the_readme_names_exists() -> None:

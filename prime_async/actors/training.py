@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 import trio
 
@@ -41,6 +42,22 @@ from prime_async.transport.base import Chunk
 from prime_async.work.workload import StepReport
 
 
+class Stepping(Protocol):
+    """Does inner steps in some other way than by ``Workload.train`` in a thread."""
+
+    def begin(self) -> None:
+        """Steps are asked for: ``run`` comes next."""
+        ...
+
+    async def run(self) -> StepsDone:
+        """Until they are done, or, after ``stop``, as many as there are."""
+        ...
+
+    def stop(self) -> None:
+        """End ``run``, which may not have begun yet."""
+        ...
+
+
 class _StepsStopped(Exception):
     """Ends ``Workload.train`` after a step."""
 
@@ -49,7 +66,7 @@ class TrainingActor:
     """Performs the effects of a training machine.
 
     ``inner_every``: the inner optimiser's state is written to disk every so many rounds, while the means of the round
-    are waited for; 0: only when the node leaves.
+    are waited for; 0: only when the node leaves. ``stepping``: who does the inner steps, if not the workload.
     """
 
     def __init__(
@@ -63,6 +80,7 @@ class TrainingActor:
         fail: Callable[[Fail], None],
         inner_every: int = 0,
         auditor: Auditor | None = None,
+        stepping: Stepping | None = None,
     ) -> None:
         self._keeper = keeper
         self._tensors = keeper.tensors
@@ -74,16 +92,18 @@ class TrainingActor:
         self._inner_every = inner_every
         self._inner_lock = trio.Lock()  # held while the inner optimiser's state is used
         self._auditor = auditor
+        self._stepping = stepping
         self._stop = False
         self._trainer_limiter = trio.CapacityLimiter(1)
 
     def perform(self, effect: Effect) -> None:
         match effect:
             case RunSteps():
-                self._stop = False
-                self._nursery.start_soon(self._run_steps, effect)
+                self._begin_steps(effect)
             case StopSteps():
                 self._stop = True
+                if self._stepping is not None:
+                    self._stepping.stop()
             case Encode():
                 self._nursery.start_soon(self._encode, effect)
             case Apply():
@@ -104,6 +124,19 @@ class TrainingActor:
                 self._fail(effect)
             case _:
                 raise TypeError(f"training does not perform {type(effect).__name__}")
+
+    def _begin_steps(self, effect: RunSteps) -> None:
+        self._stop = False
+        if self._stepping is None:
+            self._nursery.start_soon(self._run_steps, effect)
+        else:
+            self._stepping.begin()
+            self._nursery.start_soon(self._run_other_steps, self._stepping)
+
+    async def _run_other_steps(self, stepping: Stepping) -> None:
+        async with self._inner_lock:
+            done = await stepping.run()
+        self._post(done)
 
     async def _run_steps(self, effect: RunSteps) -> None:
         """In a thread of its own. It is stopped, and cancelled, between two steps."""

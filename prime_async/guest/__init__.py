@@ -4,6 +4,7 @@ trio runs as a guest of asyncio's loop, in the same thread; see :mod:`prime_asyn
 loop on Linux; uvloop and Windows are not tested.
 """
 
+from prime_async.guest.exchange import GuestFriends, open_exchange
 from prime_async.guest.node import GuestEvents, GuestNode, open_node
 
-__all__ = ["GuestEvents", "GuestNode", "open_node"]
+__all__ = ["GuestEvents", "GuestFriends", "GuestNode", "open_exchange", "open_node"]

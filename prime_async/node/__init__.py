@@ -1,19 +1,27 @@
-"""A node process, whole: :func:`open_node`."""
+"""A node process, whole: :func:`open_node`; and the average of a tensor by itself: :func:`open_exchange`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prime_async.node.exchange import Friends, open_exchange
     from prime_async.node.node import Node, open_node
 
-__all__ = ["Node", "open_node"]
+__all__ = ["Friends", "Node", "open_exchange", "open_node"]
+
+_HOMES = {
+    "Friends": "prime_async.node.exchange",
+    "Node": "prime_async.node.node",
+    "open_exchange": "prime_async.node.exchange",
+    "open_node": "prime_async.node.node",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import the node, and torch with it, when it is asked for: the commands that need neither start at once."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module("prime_async.node.node"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -20,7 +20,7 @@ from prime_async.actors.membership import MembershipActor
 from prime_async.actors.runner import Runner
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
-from prime_async.actors.training import TrainingActor
+from prime_async.actors.training import Stepping, TrainingActor
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
 from prime_async.errors import NonFiniteError, PrimeAsyncError, RefusedError
@@ -100,7 +100,14 @@ class Performer(Protocol):
 class Node:
     """One node of a run. Made by :func:`open_node`."""
 
-    def __init__(self, config: Config, transport: Transport, workload: Workload, allow: AllowList) -> None:
+    def __init__(
+        self,
+        config: Config,
+        transport: Transport,
+        workload: Workload,
+        allow: AllowList,
+        stepping: Stepping | None = None,
+    ) -> None:
         self.config = config
         self.events = EventStream()
         self.meter = Meter()
@@ -108,6 +115,7 @@ class Node:
         self._transport = transport
         self._workload = workload
         self._allow = allow
+        self._stepping = stepping
         self._log = log.bind(node=config.node.name or transport.id[:8])
         self._store = ChunkStore()
         self._runners: dict[ActorName, Runner] = {}
@@ -229,6 +237,7 @@ class Node:
             fail=self._fail,
             inner_every=self.config.node.snapshot_every,
             auditor=auditor,
+            stepping=self._stepping,
         )
         actors: dict[ActorName, Performer] = {
             "membership": membership,
@@ -330,13 +339,22 @@ async def open_node(
     :class:`NonFiniteError`, :class:`StorageError`. In every case the outer state is on disk afterwards, if any round
     was done.
     """
+    if workload is None:
+        workload = await trio.to_thread.run_sync(_default_workload, config)
+    async with open_with(config, workload, transport=transport) as node:
+        yield node
+
+
+@asynccontextmanager
+async def open_with(
+    config: Config, workload: Workload, *, transport: Transport | None = None, stepping: Stepping | None = None
+) -> AsyncIterator[Node]:
+    """As :func:`open_node`; ``stepping`` does the inner steps, if not the workload."""
     async with AsyncExitStack() as stack:
         allow = allow_list(config.node)
-        if workload is None:
-            workload = await trio.to_thread.run_sync(_default_workload, config)
         if transport is None:
             transport = await stack.enter_async_context(open_transport(config.node, workload, allow))
-        node = Node(config, transport, workload, allow)
+        node = Node(config, transport, workload, allow, stepping)
         ballot = await node._load()
         settings = machine_settings(config, transport, workload, ballot, node._restored.tip)
         recorder = None

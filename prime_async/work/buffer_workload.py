@@ -24,11 +24,11 @@ class BufferWorkload:
     and of the BLAKE3 of each chunk, and changes at the end of a round or an import alone.
     """
 
-    def __init__(self, values: Tensor, chunk_elements: int, codec: Codec) -> None:
-        """``values``, fp32 (n,) on the host, is taken over and not copied."""
+    def __init__(self, values: Tensor, chunk_elements: int, codec: Codec, mean_codec: Codec | None = None) -> None:
+        """``values``, fp32 (n,) on the host, is taken over and not copied. ``mean_codec``: of means, if another."""
         self.values = values
         self._chunks = Chunks(values.numel(), chunk_elements)
-        self._codec = ChunkCodec(codec, self._chunks)
+        self._codec = ChunkCodec(codec, self._chunks, mean_codec=mean_codec)
         self._round = 0
         self._digests = [self._hash(chunk) for chunk in range(self._chunks.count)]
         self._digest = self._combine()
