@@ -20,7 +20,7 @@ from prime_async.testing.properties import Properties
 from prime_async.testing.schedules import MODES, Chaos, explore, mode_settings, run_schedule
 from tests.simulation_harness import STEADY, begin, newest_round, reach, steady
 
-BLOCKS = 40
+BLOCKS = 24
 SEEDS_PER_BLOCK = 25
 
 
