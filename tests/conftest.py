@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 import structlog
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two run beside each other: of torch, before it is imported, one thread each. (Nodes set what they are told to.)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As where these run in the background of a script. Programs that are started would inherit it, and not end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline would be a timed test: these machines are busy at times. Failing examples print how to run them again.
 settings.register_profile("prime_async", deadline=None, print_blob=True)

@@ -19,9 +19,11 @@ from prime_async.bench.figures import Busy, Phases
 from prime_async.bench.journal import Journal, mean_of
 from prime_async.work.chunks import Chunks
 
+pytestmark = pytest.mark.xdist_group("real time")
+
 SMALL = ("--nodes", "2", "--mib", "1", "--iterations", "2", "--chunk-elements", str(2**15), "--json")
 COMMAND = (sys.executable, "-m", "prime_async", "bench", "exchange", *SMALL)
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 
 def _processes_of(test: int) -> list[str]:

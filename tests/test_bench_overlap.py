@@ -14,6 +14,8 @@ from prime_async.bench.overlap import Measured, OverlapBench, measure_mode, mode
 from prime_async.cli.bench_overlap import overlap
 from prime_async.errors import EnvironmentFault
 
+pytestmark = pytest.mark.xdist_group("real time")
+
 needs_a_lab = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
 BENCH = OverlapBench(
     nodes=4,

@@ -21,7 +21,9 @@ from prime_async.errors import ReplayMismatchError
 from prime_async.log import read_log, replay
 from tests.processes import processes_about
 
-LIMIT_S = 120.0
+pytestmark = pytest.mark.xdist_group("real time")
+
+LIMIT_S = 240.0
 SMALL = (
     "--set=run.sequence_length=32",
     "--set=run.inner.batch_size=2",

@@ -29,6 +29,8 @@ from tests.node_processes import (
 )
 from tests.processes import processes_about, written_by
 
+pytestmark = pytest.mark.xdist_group("real time")
+
 FAILURE_S: Final = 2.0
 PAUSE_S: Final = 15.0
 CHUNKS: Final = 128

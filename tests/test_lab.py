@@ -167,6 +167,7 @@ def run_lab(nodes: Sequence[NodeProcess]) -> dict[int, str]:
     return {round: digest.hex() for round, digest in enumerate(team.rounds(run.rounds))}
 
 
+@pytest.mark.xdist_group("real time")
 @pytest.mark.parametrize("mode", ["blocking", "overlapped", "streaming", "eager"])
 async def test_real_processes_compute_what_the_lab_computes_bit_for_bit(tmp_path: Path, mode: str) -> None:
     run = {

@@ -15,7 +15,10 @@ import pytest
 from prime_async.bench.netlab import PREFIX, Lab, LabError, Links, address, why_not
 from tests.processes import ROOT
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}"),
+    pytest.mark.xdist_group("real time"),
+]
 
 LIMIT_S = 20.0
 ECHO = """

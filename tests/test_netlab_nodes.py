@@ -34,7 +34,10 @@ from tests.node_processes import (
     pairs,
 )
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}"),
+    pytest.mark.xdist_group("real time"),
+]
 
 LINKS: Final = Links(hosts=4, rate_mbit=50, delay_ms=20, loss_percent=0.5)
 """40 ms there and back. TCP is Reno's, as the lab has it."""

@@ -19,7 +19,10 @@ from tests.netlab_streams import measure
 from tests.netlab_worker import Remote, remote
 from tests.transport_harness import port_of
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}"),
+    pytest.mark.xdist_group("real time"),
+]
 
 CHUNKS, SIZE = 8, 1 << 18
 NOTICED_S = 9.0

@@ -55,6 +55,8 @@ from prime_async.work.codec import make_codec
 from prime_async.work.workload import StepReport, Workload
 from tests.test_diloco import tiny_workload
 
+pytestmark = pytest.mark.xdist_group("real time")
+
 LIMIT_S = 30.0
 """A test that takes so long hangs. None waits for it."""
 ELEMENTS, CHUNK = 1000, 256

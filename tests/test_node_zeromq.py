@@ -25,6 +25,8 @@ from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.codec import make_codec
 from prime_async.work.workload import StepReport
 
+pytestmark = pytest.mark.xdist_group("real time")
+
 ELEMENTS, CHUNK = 5000, 1024
 LIMIT_S = 30.0
 STEP_S = 0.05

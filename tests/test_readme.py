@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import pytest
 
 import prime_async
 from prime_async.testing import Simulation
@@ -20,6 +21,7 @@ from prime_async.transport.keys import read_key_file
 from tests.processes import processes_about
 from tests.pytest_plugin import LOADED
 
+pytestmark = pytest.mark.xdist_group("real time")
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LIMIT_S = 120.0
 

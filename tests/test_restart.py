@@ -25,6 +25,8 @@ from tests.node_processes import (
     node_processes,
 )
 
+pytestmark = pytest.mark.xdist_group("real time")
+
 LIMIT_S: Final = 40.0
 RUN: Final = merged(PACED_RUN, {"heartbeat_s": 0.5, "failure_timeout_s": 2.0})
 PARAMETERS: Final = 131_072

@@ -37,6 +37,8 @@ from tests.transport_harness import (
     until,
 )
 
+pytestmark = pytest.mark.xdist_group("real time")
+
 
 @pytest.fixture(params=["in the clear", "over curve"])
 def network(request: pytest.FixtureRequest) -> ZeroMQ:
