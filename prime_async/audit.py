@@ -274,5 +274,5 @@ def _mean_of(contributions: Sequence[ContributionRecord], weights: Sequence[int]
     means, reducer = make_codec(plan.codec), make_reducer(plan.reduce, plan.trim)
     out = torch.empty(means.payload_bytes(elements), dtype=torch.uint8)
     scratch = torch.empty(elements), torch.empty(elements)
-    left_out = weighted_mean(codec, payloads, weights, out, scratch, means, reducer)
-    return None if left_out else out.numpy().tobytes()
+    made = weighted_mean(codec, payloads, weights, out, scratch, means, reducer)
+    return None if made.left_out else out[: made.size].numpy().tobytes()

@@ -3,8 +3,8 @@
 The model of an exchange of P parameters among n nodes, of which the slowest link decides:
 
 * A node sends its contribution to the owners of the others' chunks, (n - 1) / n of a payload, and the means that it
-  owns to all others, as much again; it receives the same. Both halves run together. Of a link's rate, payloads get
-  ``LINK_SHARE``.
+  owns to all others, as much again, of ``topk`` more; it receives the same. Both halves run together. Of a link's
+  rate, payloads get ``LINK_SHARE``.
 * ``ROUND_TRIPS``: ready and plan, the first contributions, the first means, have and commit.
 * ``FIXED_S`` and ``CPU_S_PER_PARAMETER`` are what is left, measured with ``prime-async bench overlap`` and
   ``prime-async bench exchange`` on two cores that trained meanwhile: syncing to disk, waking up; encoding, decoding,
@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from prime_async.config.schema import CodecName
-from prime_async.work.codec import make_codec
+from prime_async.config.schema import ContributionCodec, ExchangeSettings
+from prime_async.work.codec import make_codec, mean_payload_bytes
 
 LINK_SHARE: Final = 0.92
 ROUND_TRIPS: Final = 4.0
@@ -56,7 +56,7 @@ class Choice:
     """Settings of a run. ``inner_steps``: H."""
 
     mode: str
-    codec: CodecName
+    codec: ContributionCodec
     inner_steps: int
     fragments: int = 1
 
@@ -79,14 +79,26 @@ class Forecast:
     device_bytes: int
 
 
-def payload_bytes(parameters: int, codec: CodecName) -> int:
-    """Of an encoded vector."""
+def payload_bytes(parameters: int, codec: ContributionCodec) -> int:
+    """Of a contribution to the whole vector."""
     return make_codec(codec).payload_bytes(parameters)
 
 
-def exchange_seconds(setup: Setup, codec: CodecName, parameters: int) -> float:
+def mean_bytes(parameters: int, codec: ContributionCodec, nodes: int) -> int:
+    """Of a mean of the whole vector; of ``topk`` contributions one that have no element in common."""
+    means = ExchangeSettings(codec=codec).codec_of_means
+    return mean_payload_bytes(make_codec(means), parameters, nodes)
+
+
+def sent_bytes(setup: Setup, codec: ContributionCodec, parameters: int) -> float:
+    """By each node in an exchange of so many parameters."""
+    both = payload_bytes(parameters, codec) + mean_bytes(parameters, codec, setup.nodes)
+    return (setup.nodes - 1) / setup.nodes * both
+
+
+def exchange_seconds(setup: Setup, codec: ContributionCodec, parameters: int) -> float:
     """From the end of encoding until the means are applied."""
-    sent = 2 * (setup.nodes - 1) / setup.nodes * payload_bytes(parameters, codec)
+    sent = sent_bytes(setup, codec, parameters)
     transfer_s = sent * 8 / 1e6 / (min(setup.up_mbit, setup.down_mbit) * LINK_SHARE)
     work_s = parameters * CPU_S_PER_PARAMETER / setup.cores
     return max(transfer_s, work_s) + ROUND_TRIPS * setup.rtt_ms / 1000 + FIXED_S
@@ -100,28 +112,30 @@ def forecast(setup: Setup, choice: Choice) -> Forecast:
     between_s = training_s / fragments
     waits = choice.mode == "blocking"
     busy_s = between_s + exchange_s if waits else max(between_s, exchange_s)
-    payload = payload_bytes(setup.parameters, choice.codec)
     return Forecast(
         choice=choice,
-        sent_bytes=round(2 * (setup.nodes - 1) / setup.nodes * payload),
+        sent_bytes=round(sent_bytes(setup, choice.codec, setup.parameters)),
         training_s=between_s,
         exchange_s=exchange_s,
         share=between_s / busy_s,
         delay=0.0 if waits else min(exchange_s, between_s) / training_s,
-        host_bytes=_host_bytes(setup.parameters, choice, payload),
+        host_bytes=_host_bytes(setup, choice),
         device_bytes=INNER_BYTES * setup.parameters,
     )
 
 
-def _host_bytes(parameters: int, choice: Choice, payload: int) -> int:
+def _host_bytes(setup: Setup, choice: Choice) -> int:
+    parameters = setup.parameters
+    payload = payload_bytes(parameters, choice.codec)
+    mean = mean_bytes(parameters, choice.codec, setup.nodes)
     note = 0 if choice.mode == "blocking" else 4 * parameters // choice.fragments
-    kept = 3 * payload if choice.mode == "eager" else 0  # the last mean, and two contributions
-    return OUTER_BYTES * parameters + 2 * payload + note + kept
+    kept = mean + 2 * payload if choice.mode == "eager" else 0  # the last mean, and two contributions
+    return OUTER_BYTES * parameters + payload + mean + note + kept
 
 
 def choices(inner_steps: int, fragments: int) -> list[Choice]:
     """All modes, with the two codecs that matter, at this H."""
-    codecs: tuple[CodecName, ...] = ("int8", "int4")
+    codecs: tuple[ContributionCodec, ...] = ("int8", "int4")
     modes = (("blocking", 1), ("overlapped", 1), ("streaming", fragments), ("eager", 1))
     return [
         Choice(mode=mode, codec=codec, inner_steps=inner_steps, fragments=parts)

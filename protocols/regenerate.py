@@ -26,6 +26,7 @@ from prime_async.errors import NonFiniteError
 from prime_async.ledger import StoredBallot
 from prime_async.ledger.means_format import (
     FORMAT,
+    SIZE_BYTES,
     Contents,
     MeansHeader,
     Settled,
@@ -1044,6 +1045,7 @@ def codec_inputs() -> list[tuple[str, CodecName, list[float]]]:
         ("range", "fp16", [1.0, -0.0, 0.1, 65504.0, 65519.0, -1e30, 6e-8, 2.9e-8, 1e-40]),
         ("empty", "fp32", []),
         ("as_they_are", "fp32", [1.0, -0.0, 0.1, 1e-40, FP32_MAX, -FP32_MAX]),
+        *few_element_inputs(),
     ]
 
 
@@ -1071,6 +1073,29 @@ def four_bit_inputs(ramp: list[float]) -> list[tuple[str, CodecName, list[float]
     ]
 
 
+def few_element_inputs() -> list[tuple[str, CodecName, list[float]]]:
+    rising = [(-1.0) ** i * i for i in range(200)]
+    few = [0.0] * 4096
+    few[5], few[4095] = 1.0, -0.01
+    return [
+        ("empty", "topk", []),
+        ("one", "topk", [-0.5]),
+        ("two_levels", "topk", rising),
+        ("largest", "topk", [FP32_MAX, -FP32_MAX, 1.0] * 64),
+        ("first_of_equal_ones", "topk", [1.0] * 65 + [-1.0] * 64),
+        ("one_of_two_is_zero", "topk", [0.0] * 64 + [3.0]),
+        ("zeros", "topk", [0.0, -0.0] * 40),
+        ("denormal", "topk", [1e-40] * 64 + [-(2.0**-126)]),
+        ("two_blocks", "topk", [float((i * 2654435761) % 4099) - 2000 for i in range(4100)]),
+        ("empty", "sparse", []),
+        ("bitmap", "sparse", [0.0, 127.0, -3.0, 0.4]),
+        ("positions_and_bitmap", "sparse", [*few, 2.0, 0.0, 0.001]),
+        ("zeros", "sparse", [0.0, -0.0] * 4),
+        ("scale_would_be_denormal", "sparse", [1.4e-36, 0.0]),
+        ("largest", "sparse", [FP32_MAX, 0.0, -FP32_MAX]),
+    ]
+
+
 def codec_vectors() -> list[dict[str, Any]]:
     out = []
     for name, codec_name, values in codec_inputs():
@@ -1093,8 +1118,8 @@ def codec_vectors() -> list[dict[str, Any]]:
 def encoded(name: CodecName, data: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
     codec = make_codec(name)
     out = torch.zeros(codec.payload_bytes(len(data)), dtype=torch.uint8)
-    codec.encode(torch.from_numpy(data), out, torch.zeros(len(data)))
-    return bytes(as_bytes(out))
+    size = codec.encode(torch.from_numpy(data), out, torch.zeros(len(data)))
+    return bytes(as_bytes(out[:size]))
 
 
 def mean_vectors() -> list[dict[str, Any]]:
@@ -1118,7 +1143,17 @@ def mean_vectors() -> list[dict[str, Any]]:
     ]
     return [mean_vector(*case) for case in cases] + [
         mean_vector(f"{reduce}_{name}", codec_name, inputs, weights, reduce, trim)
-        for name, codec_name, inputs, weights, reduce, trim in other_mean_cases(a, b, c)
+        for name, codec_name, inputs, weights, reduce, trim in [*other_mean_cases(a, b, c), *topk_mean_cases()]
+    ]
+
+
+def topk_mean_cases() -> list[tuple[str, CodecName, list[list[float] | bytes], list[int], ReducerName, int]]:
+    spread = [[float((i * step) % 257) - 128 for i in range(200)] for step in (3, 5, 11)]
+    return [
+        ("union", "topk", [*spread], [3, 1, 7], "mean", 1),
+        ("union", "topk", [*spread], [3, 1, 7], "rda", 1),
+        ("one_not_valid", "topk", [spread[0], b"\xff" * 15, spread[2]], [3, 1, 7], "mean", 1),
+        ("none", "topk", [], [], "mean", 1),
     ]
 
 
@@ -1162,19 +1197,21 @@ def mean_vector(
     """``reduce`` and ``trim`` stand in it where they say something."""
     payloads = [x if isinstance(x, bytes) else encoded(codec_name, f32(x)) for x in inputs]
     codec, n = make_codec(codec_name), next((len(x) for x in inputs if isinstance(x, list)), 4)
-    mean = torch.zeros(codec.payload_bytes(n), dtype=torch.uint8)
+    means = make_codec("sparse" if codec_name == "topk" else codec_name)
+    mean = torch.zeros(means.payload_bytes(n), dtype=torch.uint8)
     scratch = torch.zeros(n), torch.zeros(n)
     tensors = [as_tensor(memoryview(p)) for p in payloads]
-    left_out = weighted_mean(codec, tensors, weights, mean, scratch, reducer=make_reducer(reduce, trim))
+    made = weighted_mean(codec, tensors, weights, mean, scratch, means, make_reducer(reduce, trim))
     return {
         "name": f"{codec_name}_{name}",
         "codec": codec_name,
+        **({} if means.name == codec_name else {"mean_codec": means.name}),
         **({} if reduce == "mean" else {"reduce": reduce, "trim": trim}),
         "elements": n,
         "payloads_hex": [p.hex() for p in payloads],
         "weights": weights,
-        "left_out": left_out,
-        "mean_hex": bytes(as_bytes(mean)).hex(),
+        "left_out": made.left_out,
+        "mean_hex": bytes(as_bytes(mean[: made.size])).hex(),
     }
 
 
@@ -1205,9 +1242,42 @@ def payload_rejects() -> list[dict[str, Any]]:
         ("too_short", "fp32", 2, scales(1.0), "4 bytes instead of 8"),
         ("nan", "fp32", 2, scales(1.0, nan), "an element is not a number"),
         ("infinite", "fp32", 2, scales(-inf, 1.0), "an element is infinite"),
+        *few_element_rejects(),
     ]
     return [
         {"name": f"{c}_{n}", "codec": c, "elements": e, "payload_hex": p.hex(), "reason": r} for n, c, e, p, r in cases
+    ]
+
+
+def few_element_rejects() -> list[tuple[str, CodecName, int, bytes, str]]:
+    def two(low: float, high: float) -> bytes:
+        return f32([low, high]).tobytes()
+
+    one = f32([1.0]).tobytes()
+    return [
+        ("too_short", "topk", 1, two(0, 1) + b"\0\0", "10 bytes instead of 11"),
+        ("nan", "topk", 1, two(0, float("nan")) + b"\0\0\1", "a magnitude is not a number"),
+        ("denormal", "topk", 1, two(0, 1e-40) + b"\0\0\1", "a magnitude is denormal"),
+        ("low_above_high", "topk", 65, two(2, 1) + b"\0\x10\0\4", "low is not below high"),
+        ("low_is_not_used", "topk", 65, two(1, 2) + b"\0\x10\0\5", "low must be 0"),
+        ("not_ascending", "topk", 65, two(1, 2) + b"\1\0\0\4", "positions do not ascend"),
+        ("position_twice", "topk", 65, two(1, 2) + b"\1\x10\0\4", "positions do not ascend"),
+        ("beyond_the_block", "topk", 65, two(1, 2) + b"\0\x10\4\4", "position 65 of 65"),
+        ("half_byte", "topk", 1, two(0, 1) + b"\0\x10\1", "something is behind the last position"),
+        ("code_too_many", "topk", 1, two(0, 1) + b"\0\0\5", "something is behind the last code"),
+        ("zero_with_a_sign", "topk", 65, two(0, 2) + b"\0\x10\0\6", "the zero has a sign"),
+        ("zero_elsewhere", "topk", 65, two(0, 2) + b"\1\x20\0\4", "element 0 is the zero to keep"),
+        ("too_short", "sparse", 1, one, "no counts"),
+        ("too_long", "sparse", 1, one + b"\1\0\1\x7f\0", "9 bytes instead of 8"),
+        ("count_too_large", "sparse", 1, one + b"\2\0\1\x7f\x7f", "2 elements of 1"),
+        ("scale_without_elements", "sparse", 1, one + b"\0\0", "the scale must be 0"),
+        ("elements_without_scale", "sparse", 1, bytes(4) + b"\1\0\1\x7f", "the scale must not be 0"),
+        ("bitmap_beyond_the_end", "sparse", 1, one + b"\1\0\2\x7f", "element 1 of 1"),
+        ("bitmap_of_another_count", "sparse", 2, one + b"\1\0\3\x7f", "2 elements instead of 1"),
+        ("value_zero", "sparse", 2, one + b"\2\0\3\x7f\0", "what is zero is left out"),
+        ("value_minus_128", "sparse", 1, one + b"\1\0\1\x80", "values go from -127 to 127"),
+        ("largest_is_not_127", "sparse", 1, one + b"\1\0\1\x7e", "the scale is larger than needed"),
+        ("not_ascending", "sparse", 64, one + b"\2\0\1\0\0\x7f\x7f", "positions do not ascend"),
     ]
 
 
@@ -1221,6 +1291,8 @@ def value_rejects() -> list[dict[str, Any]]:
         ("e3m0", float("inf")),
         ("fp16", float("nan")),
         ("fp32", float("inf")),
+        ("topk", float("nan")),
+        ("sparse", float("-inf")),
     ]
     for codec_name, bad in cases:
         data = f32([1.0, bad])
@@ -1398,30 +1470,34 @@ def ledger_vectors() -> list[dict[str, Any]]:
     uneven = [b"\x01\x02\x03\x04", b"\x05\x06\x07\x08", b"\x09"]
     of_all = (Included(chunks=3, contributors=bitmap([0, 8]), total_weight=MOST),)
     of_nobody = (Included(chunks=1, contributors=b"", total_weight=0),)
-    cases: list[tuple[str, int, list[bytes], tuple[Included, ...], Commit | None]] = [
-        ("settled", COMMIT.round, three, RECORD.included, COMMIT),
-        ("not_settled", COMMIT.round, three, RECORD.included, None),
-        ("slots_of_two_sizes", 0, uneven, of_all, None),
-        ("one_chunk", MOST, [bytes(range(9))], of_nobody, None),
+    cases: list[tuple[str, int, list[bytes], list[int], tuple[Included, ...], Commit | None]] = [
+        ("settled", COMMIT.round, three, [1] * 3, RECORD.included, COMMIT),
+        ("not_settled", COMMIT.round, three, [1] * 3, RECORD.included, None),
+        ("slots_of_two_sizes", 0, uneven, [4, 4, 1], of_all, None),
+        ("shorter_than_their_slots", 0, [b"", *uneven[1:]], [6, 6, 2], of_all, None),
+        ("one_chunk", MOST, [bytes(range(9))], [9], of_nobody, None),
     ]
     out = []
-    for name, round, payloads, included, commit in cases:
+    for name, round, payloads, most, included, commit in cases:
+        sizes = [SIZE_BYTES + size for size in most]
+        filled = [len(p).to_bytes(SIZE_BYTES, "little") + p for p in payloads]
         contents = Contents(
             format=FORMAT,
             run_id=D1,
             round=round,
-            slots=slots(map(len, payloads)),
+            slots=slots(sizes),
             means=b"".join(blake3(p).digest() for p in payloads),
             included=included,
         )
         values: list[Contents | Settled] = [contents]
         if commit is not None:
             values.append(Settled(contents=blake3(encode(contents)).digest(), commit=commit, previous=FIRST_CHAIN))
-        header = encode_means_header(MeansHeader(D1, sum(map(len, payloads))))
+        header = encode_means_header(MeansHeader(D1, sum(sizes)))
+        room = [slot.ljust(size, b"\0") for slot, size in zip(filled, sizes, strict=True)]
         out.append(
             {
                 "name": name,
-                "file_hex": b"".join([header, *payloads, *map(encode_item, values)]).hex(),
+                "file_hex": b"".join([header, *room, *map(encode_item, values)]).hex(),
                 "payloads_hex": [p.hex() for p in payloads],
                 "items": [{"cbor_hex": encode(v).hex(), "value": value_of(v)} for v in values],
             }

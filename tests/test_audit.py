@@ -48,7 +48,7 @@ def mean_of(
     out = torch.empty(mean_codec.payload_bytes(n), dtype=torch.uint8)
     tensors = [torch.frombuffer(bytearray(p), dtype=torch.uint8) for p in payloads]
     scratch, reducer = (torch.empty(n), torch.empty(n)), make_reducer(reduce, EXCHANGE.trim)
-    assert weighted_mean(codec, tensors, weights, out, scratch, mean_codec, reducer) == []
+    assert weighted_mean(codec, tensors, weights, out, scratch, mean_codec, reducer).left_out == []
     return as_bytes(out)
 
 

@@ -216,6 +216,20 @@ def test_whatever_text_a_file_has_the_answer_is_a_configuration_or_its_problems(
             'node.data_path: missing; run.data = "tokens" needs the token file that `prime-async data` makes',
         ),
         ({"run__data_digest": KEY}, 'run.data_digest: expected "" since run.data is "shakespeare" and not "tokens"'),
+        (
+            {"run__exchange__codec": "topk"},
+            'run.exchange.error_feedback: expected true since run.exchange.codec is "topk": without feedback 63 of 64 '
+            "weights would never learn what their node found, got false",
+        ),
+        (
+            {"run__exchange__codec": "topk", "run__exchange__error_feedback": True, "run__exchange__reduce": "median"},
+            'run.exchange.reduce: expected "mean" or "rda" since run.exchange.codec is "topk": most nodes send nothing '
+            'of a weight, so what the middle of them says is zero, got "median"',
+        ),
+        (
+            {"run__exchange__mean_codec": "topk"},
+            'run.exchange.mean_codec: expected one of "same", "int8", "int4", "e3m0", "fp16", "fp32", got "topk"',
+        ),
         ({"node__port": 7701}, "node.bulk_port: expected another port than node.port, or 0 for any free one, got 7701"),
         (
             {"node__micro_batch_size": 5},

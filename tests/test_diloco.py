@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from prime_async.config.schema import (
     MAX_ROUND_STEPS,
+    ContributionCodec,
     ExchangeSettings,
     InnerSettings,
     NodeSettings,
@@ -45,7 +46,7 @@ CHUNK = 2**14
 
 
 def run_spec(
-    codec: CodecName = "int8",
+    codec: ContributionCodec = "int8",
     inner_steps: int = 3,
     inner: InnerSettings | None = None,
     outer: OuterSettings | None = None,
@@ -111,9 +112,10 @@ def exchange(nodes: Sequence[Workload], weights: Sequence[int] | None = None) ->
         payloads = [encoded(node, chunk) for node in nodes]
         mean = memoryview(bytearray(nodes[0].mean_bytes(chunk)))
         owner = nodes[chunk % len(nodes)]
-        assert owner.reduce(chunk, payloads, weights or [1] * len(nodes), mean) == []
-        for node in nodes:
-            node.apply(chunk, mean.toreadonly(), included=True)
+        made = owner.reduce(chunk, payloads, weights or [1] * len(nodes), mean)
+        assert made.left_out == []
+        for node, payload in zip(nodes, payloads, strict=True):
+            node.apply(chunk, mean[: made.size].toreadonly(), included=True, own=payload)
     return [node.end_round() for node in nodes]
 
 
@@ -161,8 +163,8 @@ def test_four_nodes_agree_bit_for_bit_after_every_round() -> None:
 def test_runs_end_within_a_few_percent_of_the_fp32_run() -> None:
     """Four nodes, H = 20, on the bundled text; the same seeds and the same data for all codecs."""
     losses: dict[str, list[float]] = {}
-    limits: dict[CodecName, float] = {"fp16": 0.01, "int8": 0.01, "int4": 0.05, "e3m0": 0.05}
-    codecs: tuple[CodecName, ...] = ("fp32", *limits)
+    limits: dict[ContributionCodec, float] = {"fp16": 0.01, "int8": 0.01, "int4": 0.05, "e3m0": 0.05}
+    codecs: tuple[ContributionCodec, ...] = ("fp32", *limits)
     for codec in codecs:
         inner = InnerSettings(batch_size=16, learning_rate=1e-2, warmup_steps=10, schedule="constant")
         run = run_spec(codec, 20, inner, OuterSettings(learning_rate=0.7, momentum=0.5))
@@ -528,9 +530,9 @@ def test_codec_work_is_not_divided_among_torch_threads() -> None:
     counts: list[int] = []
 
     class Spy(Int8Codec):
-        def encode(self, values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> None:
+        def encode(self, values: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor) -> int:
             counts.append(torch.get_num_threads())
-            super().encode(values, out, scratch)
+            return super().encode(values, out, scratch)
 
         def decode(self, payload: torch.Tensor, out: torch.Tensor, weight: float = 1.0) -> None:
             counts.append(torch.get_num_threads())
@@ -587,7 +589,7 @@ def test_mean_that_is_not_valid_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "e3m0", "fp16", "fp32"])
-def test_a_payload_is_checked_without_being_applied(codec: CodecName) -> None:
+def test_a_payload_is_checked_without_being_applied(codec: ContributionCodec) -> None:
     run = run_spec(codec)
     buffer = BufferWorkload.random(CHUNK + 300, CHUNK, make_codec(codec), seed=1)
     for node, source in ((tiny_workload(run, 0),) * 2, (tiny_witness(run), tiny_workload(run, 0)), (buffer, buffer)):
@@ -629,7 +631,7 @@ def test_a_witness_makes_the_mean_that_others_make() -> None:
     payload = encoded(node, 1)
     means = [memoryview(bytearray(node.payload_bytes(1))) for _ in range(2)]
     for owner, mean in zip((node, witness), means, strict=True):
-        assert owner.reduce(1, [payload, payload[:-1]], [3, 4], mean) == [1]
+        assert owner.reduce(1, [payload, payload[:-1]], [3, 4], mean).left_out == [1]
     assert bytes(means[0]) == bytes(means[1])
 
 
@@ -717,8 +719,10 @@ def test_buffers_become_their_mean_on_every_node(codec: CodecName) -> None:
     assert len({node.values.numpy().tobytes() for node in nodes}) == 1
 
 
-@pytest.mark.parametrize(("codec", "mean_codec"), [("int4", "int8"), ("int8", "int4"), ("fp32", "e3m0")])
-def test_means_can_have_a_codec_of_their_own(codec: CodecName, mean_codec: CodecName) -> None:
+@pytest.mark.parametrize(
+    ("codec", "mean_codec"), [("int4", "int8"), ("int8", "int4"), ("fp32", "e3m0"), ("topk", "int4")]
+)
+def test_means_can_have_a_codec_of_their_own(codec: ContributionCodec, mean_codec: CodecName) -> None:
     run = run_spec(codec)
     run = run.model_copy(update={"exchange": run.exchange.model_copy(update={"mean_codec": mean_codec})})
     nodes = [tiny_workload(run, stream) for stream in range(3)]
@@ -733,6 +737,30 @@ def test_means_can_have_a_codec_of_their_own(codec: CodecName, mean_codec: Codec
     before = nodes[0].state_digest()
     assert len({committed(witness, nodes), *(node.state_digest() for node in nodes)}) == 1
     assert nodes[0].state_digest() != before
+
+
+def test_means_of_topk_are_sparse_and_equal_on_all_nodes_and_the_witness() -> None:
+    exchange_settings = ExchangeSettings(codec="topk", error_feedback=True, chunk_elements=CHUNK)
+    run = run_spec().model_copy(update={"exchange": exchange_settings})
+    nodes: list[Workload] = [tiny_workload(run, stream) for stream in range(3)]
+    witness = tiny_witness(run)
+    for chunk in range(witness.chunk_count):
+        assert nodes[0].payload_bytes(chunk) < 0.03 * CHUNK
+        assert nodes[0].usual_mean_bytes(chunk) < 0.3 * CHUNK < witness.mean_bytes(chunk)
+    for _ in range(2):
+        for node in nodes:
+            node.train(3, ignore)
+        payloads = [[encoded(node, chunk) for node in nodes] for chunk in range(witness.chunk_count)]
+        for chunk, of_chunk in enumerate(payloads):
+            out = memoryview(bytearray(witness.mean_bytes(chunk)))
+            mean = out[: witness.reduce(chunk, of_chunk, [1, 1, 1], out).size]
+            assert len(mean) < 0.15 * CHUNK
+            assert all(node.check(chunk, mean) for node in (*nodes, witness))
+            assert not witness.check(chunk, out), "what is behind the mean is not of it"
+            for node, own in zip(nodes, of_chunk, strict=True):
+                node.apply(chunk, mean, True, own)
+            witness.apply(chunk, mean, False)
+        assert len({node.end_round() for node in (*nodes, witness)}) == 1
 
 
 def test_buffer_can_be_handed_over() -> None:

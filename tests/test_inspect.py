@@ -194,7 +194,7 @@ def test_a_snapshot_under_the_name_of_another_round_is_damaged(node: Path) -> No
 
 
 def test_a_damaged_mean_is_named_and_the_rounds_before_it_count(node: Path) -> None:
-    flip(node / "means" / "000000000041.means", SLOTS_START + 256)
+    flip(node / "means" / "000000000041.means", SLOTS_START + 300)
     report = look(node)
     assert report.problems == (
         "chunk 1 of the means of round 41 is damaged: the node fetches it from another member when it starts",

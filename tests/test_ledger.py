@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import random
 import threading
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from prime_async.ledger import Files, Ledger
 from prime_async.ledger.files import LOCAL_FILES
 from prime_async.ledger.ledger import digest_of_means, in_threads
 from prime_async.messages import FIRST_CHAIN, ChunkInfo, Commit, Manifest, Record, bitmap, decode, next_chain
-from prime_async.work.codec import make_codec
+from prime_async.work.codec import CodecName, make_codec
 from prime_async.work.inner import Span
 from prime_async.work.outer import OuterState
 from prime_async.work.witness import OuterWorkload
@@ -30,10 +31,12 @@ SPANS = [Span("a", 0, 600, (2, 300)), Span("b", 600, ELEMENTS, (400,))]
 CHUNKS = range(4)
 
 
-def fresh() -> OuterWorkload:
+def fresh(mean_codec: CodecName = "int8") -> OuterWorkload:
     """The initial weights, which all nodes have."""
     theta = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(0))
-    return OuterWorkload(OuterState(theta, CHUNK, OuterSettings()), SPANS, make_codec("int8"))
+    return OuterWorkload(
+        OuterState(theta, CHUNK, OuterSettings()), SPANS, make_codec("int8"), mean_codec=make_codec(mean_codec)
+    )
 
 
 def ledger(where: Path, workload: OuterWorkload, files: Files = LOCAL_FILES, run: bytes = RUN) -> Ledger:
@@ -46,12 +49,15 @@ class Run:
 
     where: Path
     files: Files = LOCAL_FILES
-    workload: OuterWorkload = field(default_factory=fresh)
+    mean_codec: CodecName = "int8"
+    least: float = -math.inf
+    """Elements of a gradient below this are zero."""
     chain: bytes = FIRST_CHAIN
     tip: Commit | None = None
     digests: list[bytes] = field(default_factory=list)  # of the outer state after each round
 
     def __post_init__(self) -> None:
+        self.workload = fresh(self.mean_codec)
         self.ledger = ledger(self.where, self.workload, self.files)
         self.digests.append(self.workload.state_digest())
 
@@ -61,8 +67,10 @@ class Run:
         for chunk in CHUNKS:
             seed = self.workload.round * 100 + chunk
             gradient = torch.randn(len(range(ELEMENTS)[chunk * CHUNK : (chunk + 1) * CHUNK]), generator=_chance(seed))
-            payload = bytearray(self.workload.payload_bytes(chunk))
-            make_codec("int8").encode(gradient, torch.frombuffer(payload, dtype=torch.uint8), gradient.clone())
+            gradient[gradient < self.least] = 0
+            payload = bytearray(self.workload.mean_bytes(chunk))
+            out = torch.frombuffer(payload, dtype=torch.uint8)
+            payload = payload[: make_codec(self.mean_codec).encode(gradient, out, gradient.clone())]
             info = ChunkInfo(digest=blake3(payload).digest(), contributors=bitmap([0, chunk % 3]), total_weight=chunk)
             made.append((info, memoryview(payload)))
         return made
@@ -118,6 +126,32 @@ def test_a_snapshot_and_the_means_since_give_the_bits_of_living_through_the_roun
     assert (restored.tip, restored.chain) == (run.tip, run.chain)
     for chunk in CHUNKS:
         assert again.export_state(chunk) == run.workload.export_state(chunk)
+
+
+def test_means_of_any_length_are_lived_through_again_and_given_to_members(tmp_path: Path) -> None:
+    """Sparse means are as long as what is in them."""
+    run = Run(tmp_path / "one", mean_codec="sparse", least=1.5)
+    for round in range(4):
+        run.least = 0.5 * round
+        run.live(snapshot=round == 1)
+    chunk_bytes = [run.ledger.read_mean(3, chunk).payload.nbytes for chunk in CHUNKS]
+    assert len(set(chunk_bytes)) > 1
+    assert max(chunk_bytes) < run.workload.mean_bytes(0)
+    again, joiner = fresh("sparse"), fresh("sparse")
+    restored = ledger(tmp_path / "one", again).restore()
+    assert (restored.round, restored.snapshot, restored.digest) == (4, 2, run.workload.state_digest())
+    theirs = ledger(tmp_path / "two", joiner)
+    for round in range(4):
+        record = decode(run.ledger.read_record(round), Record)
+        assert theirs.missing_means(record) == tuple(CHUNKS)
+        for chunk in CHUNKS:
+            payload = run.ledger.read_mean(round, chunk).payload
+            with pytest.raises(ProtocolError):
+                theirs.put_committed(record, chunk, memoryview(bytes(payload) + b"\0"))
+            theirs.put_committed(record, chunk, payload)
+        assert theirs.missing_means(record) == ()
+        theirs.save_record(record)
+        assert theirs.advance(round, in_threads) == run.digests[round + 1]
 
 
 def test_an_empty_directory_leaves_the_initial_weights(tmp_path: Path) -> None:

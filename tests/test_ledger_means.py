@@ -26,7 +26,9 @@ SIZES = (4, 9, 3)
 DIRECTORY = Path("/node")
 ROUND = 3
 PREVIOUS = b"p" * 32
-HEADER = encode_means_header(MeansHeader(RUN, 16))
+SLOTS = 28
+"""Bytes of all slots: each has four more than its payload."""
+HEADER = encode_means_header(MeansHeader(RUN, SLOTS))
 
 
 class Attempt:
@@ -55,6 +57,10 @@ FIRST, SECOND = Attempt(1), Attempt(2, (b"\x05", b"\x06", b"\x06"))  # its A is 
 
 def means(files: Files, run: bytes = RUN) -> MeansFiles:
     return MeansFiles(DIRECTORY, run, SIZES, files)
+
+
+def slot(payload: bytes) -> bytes:
+    return len(payload).to_bytes(4, "little") + payload
 
 
 def put(files: Files, attempt: Attempt) -> None:
@@ -124,10 +130,10 @@ def test_the_items_follow_the_slots_as_the_format_says() -> None:
     disk = FaultyFiles()
     commit(disk, FIRST)
     data = disk.content(means(disk).path(ROUND))
-    said = b"prime-async means 1\n" + RUN + (16).to_bytes(8, "little")
+    said = b"prime-async means 1\n" + RUN + SLOTS.to_bytes(8, "little")
     assert data[:92] == said + blake3(said).digest() == HEADER
-    assert data[92:108] == b"".join(FIRST.payloads)
-    items, at = [], 108
+    assert data[92:120] == b"".join(map(slot, FIRST.payloads))
+    items, at = [], 120
     while at < len(data):
         length = int.from_bytes(data[at : at + 4], "little")
         payload = data[at + 36 : at + 36 + length]
@@ -138,7 +144,7 @@ def test_the_items_follow_the_slots_as_the_format_says() -> None:
         Included(chunks=2, contributors=b"\x07", total_weight=70),
         Included(chunks=1, contributors=b"\x03", total_weight=30),
     )
-    sizes = (Slots(chunks=1, size=4), Slots(chunks=1, size=9), Slots(chunks=1, size=3))
+    sizes = (Slots(chunks=1, size=8), Slots(chunks=1, size=13), Slots(chunks=1, size=7))
     contents = Contents(format=1, run_id=RUN, round=ROUND, slots=sizes, means=FIRST.digests, included=runs)
     assert decode(items[0], Contents) == contents
     settled = Settled(contents=blake3(items[0]).digest(), commit=FIRST.commit, previous=PREVIOUS)
@@ -151,7 +157,7 @@ def test_the_items_are_those_of_the_protocol() -> None:
     schema = Schema("\n".join((v1 / name).read_text() for name in ("ledger.cddl", "common.cddl")))
     disk = FaultyFiles()
     commit(disk, FIRST)
-    data = disk.content(means(disk).path(ROUND))[SLOTS_START + sum(SIZES) :]
+    data = disk.content(means(disk).path(ROUND))[SLOTS_START + SLOTS :]
     while data:
         end = 36 + int.from_bytes(data[:4], "little")
         schema.validate_cbor(data[36:end])
@@ -236,13 +242,37 @@ def test_a_record_of_another_round_or_of_other_chunks_is_the_peers_fault() -> No
 
 def test_what_does_not_fit_the_run_is_our_own_fault() -> None:
     kept = means(FaultyFiles())
-    with pytest.raises(LocalError, match="3 bytes instead of 4"):
-        kept.put(ROUND, 0, b"123")
+    with pytest.raises(LocalError, match="5 bytes instead of at most 4"):
+        kept.put(ROUND, 0, b"12345")
     with pytest.raises(LocalError, match="2 infos"):
         kept.close(ROUND, FIRST.infos[:2])
     with pytest.raises(LocalError, match="64 bytes of digests"):
         kept.present(ROUND, bytes(64))
     assert kept.rounds() == []
+
+
+def test_a_mean_may_be_shorter_than_there_is_room_for_and_take_the_place_of_a_longer_one() -> None:
+    disk = FaultyFiles()
+    kept = MeansFiles(DIRECTORY, RUN, (20, 20, 20), disk)
+    long = [bytes([chunk]) * 20 for chunk in range(3)]
+    for payloads in (long, FIRST.payloads, [b"", b"1", b"22"], long):
+        infos = [ChunkInfo(digest=blake3(p).digest(), contributors=b"\x01", total_weight=1) for p in payloads]
+        for chunk, payload in enumerate(payloads):
+            kept.put(ROUND, chunk, payload)
+        kept.close(ROUND, infos)
+        again = MeansFiles(DIRECTORY, RUN, (20, 20, 20), disk)
+        assert again.present(ROUND, b"".join(i.digest for i in infos)) == {0, 1, 2}
+        assert [bytes(again.read(ROUND, chunk).payload) for chunk in range(3)] == payloads
+
+
+def test_the_room_that_short_means_leave_takes_no_space_on_disk(tmp_path: Path) -> None:
+    kept = MeansFiles(tmp_path, RUN, [1 << 24] * 2)
+    for chunk in range(2):
+        kept.put(ROUND, chunk, b"short")
+    kept.close(ROUND, [ChunkInfo(digest=blake3(b"short").digest(), contributors=b"\x01", total_weight=1)] * 2)
+    status = kept.path(ROUND).stat()
+    assert status.st_size > 2 << 24
+    assert status.st_blocks * 512 < 1 << 20
 
 
 def test_the_means_of_another_run_are_as_if_they_were_not_there() -> None:
@@ -268,11 +298,11 @@ def test_who_writes_to_a_file_of_another_run_or_with_a_torn_header_begins_it_ane
     path = means(disk).path(ROUND)
     torn = bytearray(disk.content(path))
     torn[30] ^= 1
-    foreign = encode_means_header(MeansHeader(OTHER, 16)) + disk.content(path)[SLOTS_START:]
+    foreign = encode_means_header(MeansHeader(OTHER, SLOTS)) + disk.content(path)[SLOTS_START:]
     for content in (bytes(torn), foreign, HEADER[:50], b""):
         disk.set_content(path, content)
         means(disk).put(ROUND, 1, SECOND.payloads[1])
-        assert disk.content(path) == HEADER + bytes(4) + SECOND.payloads[1]
+        assert disk.content(path) == HEADER + bytes(8) + slot(SECOND.payloads[1])
         disk.set_content(path, content)
         means(disk).save_record(ROUND, FIRST.record)
         assert means(disk).present(ROUND, FIRST.digests) == set()
@@ -343,17 +373,17 @@ def test_any_flipped_bit_is_found() -> None:
     disk = FaultyFiles()
     commit(disk, FIRST)
     path = means(disk).path(ROUND)
-    slots = [c for c, size in enumerate(SIZES) for _ in range(size)]
+    slots = [c for c, size in enumerate(SIZES) for _ in range(4 + size)]
     for bit in range(8 * len(disk.content(path))):
         damaged = disk.copy()
         damaged.flip(path, bit)
         check(damaged, [FIRST.committed, FIRST.closed, None], f"bit {bit}")
-        slot = bit // 8 - SLOTS_START
-        if slot < 0:
+        place = bit // 8 - SLOTS_START
+        if place < 0:
             assert means(damaged).stored(ROUND) is None, bit
             assert means(damaged).present(ROUND, FIRST.digests) == set()
-        elif slot < len(slots):
-            chunk = slots[slot]
+        elif place < len(slots):
+            chunk = slots[place]
             assert means(damaged).present(ROUND, FIRST.digests) == {0, 1, 2} - {chunk}
         else:
             assert means(damaged).stored(ROUND) != FIRST.committed, bit
@@ -376,7 +406,7 @@ def test_a_file_that_is_cut_off_anywhere_says_less() -> None:
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_a_file_of_any_bytes_says_nothing(data: bytes, payload: bytes) -> None:
     item = len(payload).to_bytes(4, "little") + blake3(payload).digest() + payload
-    slots = bytes(16)
+    slots = bytes(SLOTS)
     for content in (data, slots + item, HEADER + data, HEADER + slots + item, HEADER + slots + item + data):
         disk = FaultyFiles()
         disk.set_content(means(disk).path(ROUND), content)

@@ -212,6 +212,9 @@ async def test_three_nodes_agree_after_every_round_and_their_logs_replay(place: 
         ("e3m0", "same", "blocking"),
         ("int8", "same", "streaming"),
         ("int4", "same", "eager"),
+        ("topk", "same", "blocking"),
+        ("topk", "same", "streaming"),
+        ("topk", "int8", "overlapped"),
     ],
 )
 async def test_three_nodes_train_one_model_and_agree_bit_for_bit(
@@ -223,6 +226,7 @@ async def test_three_nodes_train_one_model_and_agree_bit_for_bit(
     async def train(name: int) -> None:
         inner = {"batch_size": 4, "learning_rate": 5e-3, "warmup_steps": 2}
         exchange = {"chunk_elements": 2**13, "codec": codec, "mean_codec": mean_codec}
+        exchange |= {"error_feedback": codec == "topk"}
         run: dict[str, Any] = {"rounds": 3, "min_members": 3, "inner": inner, "sequence_length": 32}
         run |= {"exchange": exchange, "mode": mode, "fragments": STEPS}
         spec = place.config(name, **run).run

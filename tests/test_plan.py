@@ -91,6 +91,16 @@ def test_bits_per_weight_are_those_of_the_codecs() -> None:
     assert payload_bytes(10**6, "int4") < 0.53 * payload_bytes(10**6, "int8")
 
 
+def test_topk_of_four_nodes_takes_more_than_ten_thousand_times_fewer_bytes_than_data_parallel() -> None:
+    """A ring all-reduce sends 2 (n - 1) / n of fp32 in each step."""
+    data_parallel = 500 * 2 * 3 / 4 * 4 * 10**9
+    few = forecast(SETUP, Choice(mode="blocking", codec="topk", inner_steps=500))
+    assert data_parallel / few.sent_bytes > 20_000
+    many = forecast(replace(SETUP, nodes=32), Choice(mode="blocking", codec="topk", inner_steps=500))
+    assert 2 * few.sent_bytes < many.sent_bytes, "the union grows with the nodes"
+    assert few.exchange_s < forecast(SETUP, choice("blocking")).exchange_s / 7
+
+
 def test_it_prints_a_table_and_what_to_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(parameters=1e9, step_s=1.0, up_mbit=100) == 0
     output = capsys.readouterr().out

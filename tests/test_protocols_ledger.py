@@ -42,7 +42,7 @@ def infos_of(contents: Contents) -> list[ChunkInfo]:
 
 def means_of(case: dict[str, Any], directory: Path) -> MeansFiles:
     contents = contents_of(case)
-    return MeansFiles(directory, contents.run_id, slot_sizes(contents.slots))
+    return MeansFiles(directory, contents.run_id, [size - 4 for size in slot_sizes(contents.slots)])
 
 
 def payloads_of(case: dict[str, Any]) -> list[bytes]:
@@ -73,7 +73,11 @@ def test_a_golden_file_is_what_the_code_writes(case: dict[str, Any], tmp_path: P
 @each_case
 def test_a_golden_file_is_a_header_slots_and_items_without_gaps(case: dict[str, Any]) -> None:
     data, contents = bytes.fromhex(case["file_hex"]), contents_of(case)
-    header, slots = data[:HEADER_BYTES], b"".join(payloads_of(case))
+    slots = b"".join(
+        (len(payload).to_bytes(4, "little") + payload).ljust(size, b"\0")
+        for payload, size in zip(payloads_of(case), slot_sizes(contents.slots), strict=True)
+    )
+    header = data[:HEADER_BYTES]
 
     assert header[:60] == b"prime-async means 1\n" + contents.run_id + len(slots).to_bytes(8, "little")
     assert header[60:] == blake3(header[:60]).digest()
@@ -179,7 +183,7 @@ def reads_as_much_as(items: list[bytes], count: int, directory: Path) -> bool:
     """Whether the code takes ``count`` of the items of a file, and no more."""
     contents, means = contents_of(WHOLE), means_of(WHOLE, directory)
     framed = b"".join(len(item).to_bytes(4, "little") + blake3(item).digest() + item for item in items)
-    start = HEADER_BYTES + sum(map(len, payloads_of(WHOLE)))
+    start = HEADER_BYTES + sum(slot_sizes(contents.slots))
     means.path(contents.round).parent.mkdir(exist_ok=True)
     means.path(contents.round).write_bytes(bytes.fromhex(WHOLE["file_hex"])[:start] + framed)
     stored = means.stored(contents.round)

@@ -17,6 +17,7 @@ from prime_async.work.block_scales import BLOCK
 from prime_async.work.codec import Codec, CodecName, as_bytes, make_codec
 from prime_async.work.reduce import weighted_mean
 from prime_async.work.reducers import shares
+from prime_async.work.workload import Reduction
 
 FLT_MAX = float(np.finfo(np.float32).max)
 
@@ -35,9 +36,10 @@ def decode(codec: Codec, payload: Tensor, n: int) -> Tensor:
 
 def mean(codec: Codec, payloads: Sequence[Tensor], weights: Sequence[int], n: int) -> tuple[Tensor, list[int]]:
     out = torch.empty(codec.payload_bytes(n), dtype=torch.uint8)
-    skipped = weighted_mean(codec, payloads, weights, out, (torch.empty(n), torch.empty(n)))
+    made = weighted_mean(codec, payloads, weights, out, (torch.empty(n), torch.empty(n)))
+    assert made.size == out.numel()
     assert codec.check(out, n) is None
-    return out, skipped
+    return out, made.left_out
 
 
 def reference_sum(payloads: Sequence[bytes], weights: Sequence[int], n: int) -> NDArray[np.float32]:
@@ -156,10 +158,10 @@ def test_a_mean_can_have_a_codec_of_its_own() -> None:
     payloads = [encode(codec, x) for x in contributions(3, n)]
     total, term = torch.empty(n), torch.empty(n)
     out = torch.empty(mean_codec.payload_bytes(n), dtype=torch.uint8)
-    assert weighted_mean(codec, payloads, [1, 2, 5], out, (total, term), mean_codec) == []
+    assert weighted_mean(codec, payloads, [1, 2, 5], out, (total, term), mean_codec) == Reduction(out.numel(), [])
     decoded = torch.stack([decode(codec, p, n) for p in payloads]).double()
     exact = (decoded * torch.tensor([1, 2, 5])[:, None]).sum(0) / 8
     assert float((decode(mean_codec, out, n) - exact).abs().max()) < float(exact.abs().max()) / 200
     bad = payloads[1].clone()
     bad[-1] = 0x88
-    assert weighted_mean(codec, [payloads[0], bad], [1, 2], out, (total, term), mean_codec) == [1]
+    assert weighted_mean(codec, [payloads[0], bad], [1, 2], out, (total, term), mean_codec).left_out == [1]

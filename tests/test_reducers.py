@@ -279,8 +279,8 @@ def made(reduce: ReducerName, codec: CodecName, vectors: Iterable[Vector], bad: 
         chunk.encode(torch.from_numpy(vector.copy()), payloads[-1], torch.empty(n))
     payloads[1:1] = [memoryview(bytearray(b)) for b in bad]
     out = memoryview(bytearray(chunk.mean_bytes(0)))
-    left_out = chunk.reduce(0, payloads, [3] * len(payloads), out)
-    assert left_out == list(range(1, 1 + len(bad)))
+    reduced = chunk.reduce(0, payloads, [3] * len(payloads), out)
+    assert reduced.left_out == list(range(1, 1 + len(bad)))
     assert chunk.is_valid(0, out)
     return bytes(out)
 

@@ -243,7 +243,7 @@ class LedgerKeeper:
             return 0
         if key.kind in ("record", "manifest"):
             return 64 * workload.chunk_count
-        return workload.state_bytes(key.chunk) if key.kind == "state" else workload.mean_bytes(key.chunk)
+        return workload.state_bytes(key.chunk) if key.kind == "state" else workload.usual_mean_bytes(key.chunk)
 
     async def _until_committed(self, round: int) -> None:
         """The round that was applied last may be on its way to the disk."""

@@ -34,7 +34,7 @@ from prime_async.transport.base import Traffic
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import make_codec
-from prime_async.work.workload import StepReport
+from prime_async.work.workload import Reduction, StepReport
 
 UNTIMED_ROUNDS = 2
 """Before gloo runs at all: they warm up, and their peak of memory is ours alone."""
@@ -57,7 +57,7 @@ class BenchWorkload(BufferWorkload):
         with self._journal.entry("encode"):
             super().encode(chunk, out)
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
         with self._journal.entry("reduce"):
             return super().reduce(chunk, payloads, weights, out)
 

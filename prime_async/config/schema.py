@@ -163,7 +163,9 @@ class RoundSettings(Settings):
         return data
 
 
-CodecName = Literal["int8", "int4", "e3m0", "fp16", "fp32"]
+CodecName = Literal["int8", "int4", "e3m0", "fp16", "fp32", "topk", "sparse"]
+"""``topk`` is of contributions alone, ``sparse`` of the means of those."""
+ContributionCodec = Literal["int8", "int4", "e3m0", "fp16", "fp32", "topk"]
 ReducerName = Literal["mean", "rda", "trimmed_mean", "median"]
 
 
@@ -171,14 +173,19 @@ class ExchangeSettings(Settings):
     """How pseudo-gradients are averaged."""
 
     codec: Annotated[
-        CodecName,
+        ContributionCodec,
         Field(
-            description="what contributions are encoded with, in 8.1, 4.1, 4.1, 16, 32 bits per weight; fp32 is exact"
+            description="what contributions are encoded with, in 8.1, 4.1, 4.1, 16, 32, 0.23 bits per weight; fp32 is "
+            "exact; topk is a 64th of the weights, with 2 bits each (SparseLoCo, arXiv 2508.15706), and needs "
+            "error_feedback"
         ),
     ] = "int8"
     mean_codec: Annotated[
         Literal["same", "int8", "int4", "e3m0", "fp16", "fp32"],
-        Field(description="what means are encoded with; same: as contributions"),
+        Field(
+            description="what means are encoded with; same: as contributions, of topk each weight that any of "
+            "them has, in 8 bits"
+        ),
     ] = "same"
     error_feedback: Annotated[
         bool,
@@ -214,7 +221,9 @@ class ExchangeSettings(Settings):
     @property
     def codec_of_means(self) -> CodecName:
         """What ``mean_codec`` stands for."""
-        return self.codec if self.mean_codec == "same" else self.mean_codec
+        if self.mean_codec != "same":
+            return self.mean_codec
+        return "sparse" if self.codec == "topk" else self.codec
 
 
 class RunSpec(Settings):
@@ -608,6 +617,26 @@ def _micro_batches_fill_a_batch(config: Config) -> str | None:
     return f"expected a divisor of run.inner.batch_size ({batch}), or 0 for the whole batch, got {micro}"
 
 
+def _topk_has_feedback(config: Config) -> str | None:
+    exchange = config.run.exchange
+    if exchange.codec != "topk" or exchange.error_feedback:
+        return None
+    return (
+        'expected true since run.exchange.codec is "topk": without feedback 63 of 64 weights would never learn what '
+        "their node found, got false"
+    )
+
+
+def _topk_is_averaged(config: Config) -> str | None:
+    exchange = config.run.exchange
+    if exchange.codec != "topk" or exchange.reduce in ("mean", "rda"):
+        return None
+    return (
+        'expected "mean" or "rda" since run.exchange.codec is "topk": most nodes send nothing of a weight, so what the '
+        f'middle of them says is zero, got "{exchange.reduce}"'
+    )
+
+
 RULES: Final = (
     Rule(("run.failure_timeout_s", "run.heartbeat_s"), _timeout_outlasts_heartbeats),
     Rule(("run.round.seconds", "run.round.inner_steps"), _round_ends_in_one_way),
@@ -625,6 +654,8 @@ RULES: Final = (
     ),
     Rule(("run.data_digest", "run.data"), _digest_belongs_to_tokens),
     Rule(("node.data_path", "run.data", "node.witness", "run.vocab_size"), _tokens_have_a_file),
+    Rule(("run.exchange.error_feedback", "run.exchange.codec"), _topk_has_feedback),
+    Rule(("run.exchange.reduce", "run.exchange.codec"), _topk_is_averaged),
     Rule(("node.bulk_port", "node.port"), _ports_differ),
     Rule(("node.micro_batch_size", "run.inner.batch_size"), _micro_batches_fill_a_batch),
 )

@@ -87,6 +87,8 @@ _ALL: Final = (
     _codec("int4-feedback", "int4 with error feedback", codec="int4", error_feedback=True),
     _codec("e3m0-feedback", "e3m0 with error feedback", codec="e3m0", error_feedback=True),
     Method(name="rda", about="direction and size averaged apart", against="blocking", run={"exchange.reduce": "rda"}),
+    _codec("topk", "topk with error feedback, sparse means", codec="topk", error_feedback=True),
+    _codec("topk-int8", "topk with error feedback, int8 means", codec="topk", mean_codec="int8", error_feedback=True),
     Method(
         name="muon-fp32",
         about="blocking, inner Muon, fp32",

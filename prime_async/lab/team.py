@@ -159,10 +159,11 @@ class Team:
         means = {}
         for chunk in self.workers[0].workload.fragments.chunks(self.round):
             workload = self.workers[chunk % len(self.workers)].workload
-            means[chunk] = memoryview(bytearray(workload.mean_bytes(chunk)))
-            left_out = workload.reduce(chunk, [c[chunk] for c in contributions], weights, means[chunk])
-            if left_out:
-                raise LabError(f"in round {self.round} contributions to chunk {chunk} were not valid: {left_out}")
+            out = memoryview(bytearray(workload.mean_bytes(chunk)))
+            made = workload.reduce(chunk, [c[chunk] for c in contributions], weights, out)
+            if made.left_out:
+                raise LabError(f"in round {self.round} contributions to chunk {chunk} were not valid: {made.left_out}")
+            means[chunk] = out[: made.size]
         return means
 
 

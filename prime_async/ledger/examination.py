@@ -20,7 +20,14 @@ from prime_async.errors import ConfigError, ProtocolError, StorageError
 from prime_async.ledger.ballots import MAX_BALLOT_BYTES, StoredBallot
 from prime_async.ledger.files import File, Files
 from prime_async.ledger.inner import FORMAT as INNER_FORMAT
-from prime_async.ledger.means_format import SLOTS_START, Tail, read_means_header, read_tail, slot_sizes
+from prime_async.ledger.means_format import (
+    SIZE_BYTES,
+    SLOTS_START,
+    Tail,
+    read_means_header,
+    read_tail,
+    slot_sizes,
+)
 from prime_async.ledger.snapshot_format import Layout, SnapshotFormat
 from prime_async.ledger.tensors import Entry, Header, HeaderError, read_header, read_header_alone
 from prime_async.messages import DIGEST_BYTES, FIRST_CHAIN, Commit, decode, encode, next_chain
@@ -243,9 +250,16 @@ def _is_right(layout: Layout, file: File, chunk: int) -> bool:
 def _wrong_slots(file: File, tail: Tail) -> Iterator[int]:
     start, means = SLOTS_START, tail.contents.means
     for chunk, size in enumerate(slot_sizes(tail.contents.slots)):
-        if _digest(file, [(start, size)]) != means[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]:
+        if _digest(file, _in_slot(file, start, size)) != means[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]:
             yield chunk
         start += size
+
+
+def _in_slot(file: File, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where the payload is. Of one that cannot be right the whole slot."""
+    length = int.from_bytes(file.read_at(start, SIZE_BYTES), "little")
+    fits = length <= size - SIZE_BYTES
+    yield (start + SIZE_BYTES, length) if fits else (start, size)
 
 
 def _digest(file: File, ranges: Ranges) -> bytes:

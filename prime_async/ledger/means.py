@@ -26,6 +26,7 @@ from prime_async.ledger.errors import DamagedError, translated
 from prime_async.ledger.files import LOCAL_FILES, File, Files, list_rounds
 from prime_async.ledger.means_format import (
     FORMAT,
+    SIZE_BYTES,
     SLOTS_START,
     Contents,
     MeansHeader,
@@ -35,6 +36,7 @@ from prime_async.ledger.means_format import (
     encode_means_header,
     encode_settled,
     read_means_header,
+    read_slot,
     read_tail,
     slots,
 )
@@ -63,9 +65,9 @@ class _Layout:
 
     def __init__(self, run_id: bytes, chunks: range, payload_bytes: Sequence[int]) -> None:
         self.chunks = chunks
-        self.sizes = tuple(payload_bytes[c] for c in chunks)
-        self.slots = slots(self.sizes)
-        *self._starts, end = accumulate(self.sizes, initial=SLOTS_START)
+        self._sizes = tuple(SIZE_BYTES + payload_bytes[c] for c in chunks)
+        self.slots = slots(self._sizes)
+        *self._starts, end = accumulate(self._sizes, initial=SLOTS_START)
         self.header = MeansHeader(run_id, end - SLOTS_START)
 
     def place(self, chunk: int) -> int:
@@ -75,9 +77,9 @@ class _Layout:
         return chunk - self.chunks.start
 
     def slot(self, chunk: int) -> tuple[int, int]:
-        """Where its payload begins, and how long it is."""
+        """Where it begins, and how long its payload may be."""
         place = self.place(chunk)
-        return self._starts[place], self.sizes[place]
+        return self._starts[place], self._sizes[place] - SIZE_BYTES
 
 
 class MeansFiles:
@@ -95,7 +97,7 @@ class MeansFiles:
         files: Files = LOCAL_FILES,
         fragments: int = 1,
     ) -> None:
-        """``directory``: the node's. ``payload_bytes``: of the mean of each chunk."""
+        """``directory``: the node's. ``payload_bytes``: of the mean of each chunk, at most."""
         self.directory = directory / DIRECTORY
         self._run_id = run_id
         parts = self._fragments = Fragments(len(payload_bytes), fragments)
@@ -114,15 +116,16 @@ class MeansFiles:
         """Write the mean of ``chunk`` into its slot; it is safe after :meth:`close`.
 
         If A tells of another mean, the chunk is damaged until A is written anew. Raises :class:`LocalError` if the
-        payload has the wrong size.
+        payload is too long for it.
         """
         view = memoryview(payload).cast("B")
-        start, size = self._layout(round).slot(chunk)
-        if view.nbytes != size:
-            raise LocalError(f"the mean of chunk {chunk} has {view.nbytes} bytes instead of {size}")
+        start, most = self._layout(round).slot(chunk)
+        if view.nbytes > most:
+            raise LocalError(f"the mean of chunk {chunk} has {view.nbytes} bytes instead of at most {most}")
         failure = f"the mean of chunk {chunk} could not be written"
         with translated(self.path(round), failure), self._open_to_write(round) as file:
-            file.write_at(start, view)
+            file.write_at(start, view.nbytes.to_bytes(SIZE_BYTES, "little"))
+            file.write_at(start + SIZE_BYTES, view)
 
     def close(self, round: int, infos: Sequence[ChunkInfo]) -> None:
         """The slots hold the means of these ``infos``: what was put before this is on disk when it returns.
@@ -300,14 +303,14 @@ class MeansFiles:
         return contents
 
     def _slot(self, file: File, round: int, chunk: int, digest: bytes) -> bytes | None:
-        start, size = self._layout(round).slot(chunk)
+        start, most = self._layout(round).slot(chunk)
         try:
-            payload = file.read_at(start, size)
+            payload = read_slot(file, start, most)
         except OSError as error:
             if error.errno != errno.EIO:  # what the disk has lost is fetched again
                 raise
             return None
-        return payload if len(payload) == size and blake3(payload).digest() == digest else None
+        return payload if payload is not None and blake3(payload).digest() == digest else None
 
 
 def included(infos: Sequence[ChunkInfo]) -> tuple[Included, ...]:

@@ -4,7 +4,9 @@
 
 1. a header, 92 bytes: "prime-async means 1" and a newline, the run id, the bytes of all slots together, 8 bytes
    little-endian, and the BLAKE3 of these 60 bytes;
-2. a slot for the payload of each chunk's mean, in chunk order; their sizes follow from the run's settings;
+2. a slot for each chunk's mean, in chunk order; their sizes follow from the run's settings. A slot holds the bytes of
+   the payload, 4 bytes little-endian, and the payload. It has room for the longest that there can be; what is behind a
+   shorter one means nothing, and where it was never written it takes no space on most disks;
 3. item A, :class:`Contents`: the sizes of the slots, the digests of the payloads that they should hold, and who is in
    these;
 4. item B, :class:`Settled`, once the round is committed: the commit, and the chain before it.
@@ -33,11 +35,12 @@ SLOTS_START: Final = len(MAGIC) + DIGEST_BYTES + 8 + DIGEST_BYTES
 FORMAT: Final = 1
 LENGTH_BYTES: Final = 4
 PREFIX_BYTES: Final = LENGTH_BYTES + DIGEST_BYTES
+SIZE_BYTES: Final = 4
 MAX_ITEM_BYTES: Final = 1 << 26
 
 
 class Slots(Struct, frozen=True, kw_only=True):
-    """The next ``chunks`` slots have ``size`` bytes each."""
+    """The next ``chunks`` slots have ``size`` bytes each, the four that say how long the payload is among them."""
 
     chunks: Count
     size: Count
@@ -130,6 +133,13 @@ def read_tail(
     if settled is None or settled.contents != _digest(a):
         return Tail(a, b"", contents, None)
     return Tail(a, b, contents, settled)
+
+
+def read_slot(file: File, start: int, most: int) -> bytes | None:
+    """The payload in the slot at ``start``, of at most so many bytes; ``None`` if that cannot be one."""
+    size = int.from_bytes(file.read_at(start, SIZE_BYTES), "little")
+    payload = file.read_at(start + SIZE_BYTES, size) if size <= most else b""
+    return payload if len(payload) == size else None
 
 
 def slots(sizes: Iterable[int]) -> tuple[Slots, ...]:

@@ -163,7 +163,7 @@ def machine_settings(
             me=me.id,
             chunk_count=workload.chunk_count,
             fragments=workload.fragments.count,
-            mean_bytes=sum(map(workload.mean_bytes, range(workload.chunk_count))) // workload.fragments.count,
+            mean_bytes=sum(map(workload.usual_mean_bytes, range(workload.chunk_count))) // workload.fragments.count,
             state_bytes=sum(map(workload.state_bytes, range(workload.chunk_count))),
             window=catch_up_window(workload),
             fetch_timeout_s=timeout_s,

@@ -14,7 +14,7 @@ from prime_async.machines.fragments import Fragments
 from prime_async.work.chunks import ChunkCodec, Chunks
 from prime_async.work.codec import Codec, as_bytes, as_tensor
 from prime_async.work.inner import Span
-from prime_async.work.workload import StepReport
+from prime_async.work.workload import Reduction, StepReport
 
 
 class BufferWorkload:
@@ -62,6 +62,9 @@ class BufferWorkload:
     def mean_bytes(self, chunk: int) -> int:
         return self._codec.mean_bytes(chunk)
 
+    def usual_mean_bytes(self, chunk: int) -> int:
+        return self._codec.usual_mean_bytes(chunk)
+
     def state_bytes(self, chunk: int) -> int:
         return 4 * self._chunks.size(chunk)
 
@@ -72,7 +75,7 @@ class BufferWorkload:
         with self._codec.work_on(chunk) as (scratch, _):
             self._codec.encode(self._view(chunk), out, scratch)
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
         return self._codec.reduce(chunk, payloads, weights, out)
 
     def check(self, chunk: int, payload: memoryview) -> bool:

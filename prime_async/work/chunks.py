@@ -11,10 +11,14 @@ from torch import Tensor
 
 from prime_async.errors import ProtocolError
 from prime_async.work.buffers import ScratchPool
-from prime_async.work.codec import Codec, as_tensor
+from prime_async.work.codec import Codec, as_tensor, mean_payload_bytes
 from prime_async.work.reduce import weighted_mean
 from prime_async.work.reducers import Reducer, mean
 from prime_async.work.threads import torch_threads
+from prime_async.work.workload import Reduction
+
+USUAL_CONTRIBUTORS = 8
+"""To guess the size of a mean by, where that depends on who is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,12 @@ class ChunkCodec:
         return self._codec.payload_bytes(self._chunks.size(chunk))
 
     def mean_bytes(self, chunk: int) -> int:
-        """Size of a mean of ``chunk``."""
+        """Size of a mean of ``chunk``, at most."""
         return self._mean_codec.payload_bytes(self._chunks.size(chunk))
+
+    def usual_mean_bytes(self, chunk: int) -> int:
+        """Size of a mean of ``chunk`` to reckon with."""
+        return mean_payload_bytes(self._mean_codec, self._chunks.size(chunk), USUAL_CONTRIBUTORS)
 
     @contextmanager
     def work_on(self, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,7 +111,7 @@ class ChunkCodec:
         with torch_threads(1):
             return self._mean_codec.check(as_tensor(payload), self._chunks.size(chunk)) is None
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
         """As :func:`weighted_mean`."""
         with self.work_on(chunk) as scratch:
             tensors = [as_tensor(p) for p in payloads]

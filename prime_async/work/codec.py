@@ -1,6 +1,7 @@
 """How a vector of fp32 elements becomes the bytes of a contribution or a mean, and back.
 
-A payload is little-endian, holds nothing but numbers, and has a size that follows from the number of elements.
+A payload is little-endian, holds nothing but numbers, and has a size that follows from the number of elements; but for
+that of ``sparse``, which means alone have.
 
 ``int8``, for n elements::
 
@@ -15,7 +16,8 @@ to the same bits on every processor, denormals flushed or not.
 
 ``fp32``, for n elements: 4 n bytes, the elements as they are. ``fp16``: 2 n bytes, IEEE 754 binary16.
 
-``int4`` and ``e3m0``: see :mod:`prime_async.work.codec_4bit`.
+``int4`` and ``e3m0``: see :mod:`prime_async.work.codec_4bit`; ``topk``: :mod:`prime_async.work.codec_topk`;
+``sparse``: :mod:`prime_async.work.codec_sparse`.
 
 All are deterministic; ``e3m0`` aside they round to nearest, ties to even. Multiplications and additions are separate
 operations: fused forms (``addcmul``, ``alpha=``) round once where others round twice, and differ between processors.
@@ -47,6 +49,8 @@ from prime_async.work.block_scales import (
     wrong_size,
 )
 from prime_async.work.codec_4bit import E3m0Codec, Int4Codec
+from prime_async.work.codec_sparse import SparseCodec
+from prime_async.work.codec_topk import TopkCodec
 
 LEVELS = 127
 MIN_SCALE = 2.0**-126
@@ -56,7 +60,7 @@ MAX_SCALE = float.fromhex("0x1.020406p+121")
 
 
 class Codec(Protocol):
-    """Fixed-size, deterministic encoding of fp32 vectors.
+    """Deterministic encoding of fp32 vectors, of a fixed size in all codecs but ``sparse``.
 
     Stateless: one object serves all threads. Tensors are contiguous, on the host, and overlap only where it says so.
     """
@@ -67,11 +71,11 @@ class Codec(Protocol):
         ...
 
     def payload_bytes(self, n: int) -> int:
-        """Size of the payload of ``n`` elements."""
+        """Size of the payload of ``n`` elements; of ``sparse`` the largest that it can have."""
         ...
 
-    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:
-        """Write ``values``, fp32 (n,), into ``out``, uint8 (payload_bytes(n),).
+    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> int:
+        """Write ``values``, fp32 (n,), into ``out``, uint8 (payload_bytes(n),). Returns the size of the payload.
 
         ``scratch``, fp32 (n,), is overwritten; it may be ``values`` itself where they are not needed any more.
         Raises :class:`NonFiniteError` if an element is NaN or infinite; ``values`` are then as they were, and what
@@ -110,13 +114,14 @@ class Int8Codec:
         """Size of the payload of ``n`` elements."""
         return 4 * block_count(n) + n
 
-    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:
+    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> int:
         """See :meth:`Codec.encode`."""
         n = values.numel()
         scales = absmax_scales(values, LEVELS, MIN_SCALE, MAX_SCALE)
         divide(values, scales, scratch)
         self._q(out, n).copy_(scratch.round_())
         write_scales(scales, out)
+        return out.numel()
 
     def check(self, payload: Tensor, n: int) -> str | None:
         """See :meth:`Codec.check`."""
@@ -153,10 +158,11 @@ class Fp32Codec:
         """Size of the payload of ``n`` elements."""
         return 4 * n
 
-    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:  # noqa: ARG002  (needs no scratch)
+    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> int:  # noqa: ARG002  (needs no scratch)
         """See :meth:`Codec.encode`."""
         require_finite(_extremes(values))
         out.copy_(_raw(values))
+        return out.numel()
 
     def check(self, payload: Tensor, n: int) -> str | None:
         """See :meth:`Codec.check`."""
@@ -186,12 +192,13 @@ class Fp16Codec:
         """Size of the payload of ``n`` elements."""
         return 2 * n
 
-    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:
+    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> int:
         """See :meth:`Codec.encode`."""
         require_finite(_extremes(values))
         limit = torch.finfo(torch.float16).max
         torch.clamp(values, -limit, limit, out=scratch)
         out.copy_(_raw(scratch.to(torch.float16)))
+        return out.numel()
 
     def check(self, payload: Tensor, n: int) -> str | None:
         """See :meth:`Codec.check`."""
@@ -225,8 +232,15 @@ def make_codec(name: CodecName) -> Codec:
         "e3m0": E3m0Codec,
         "fp16": Fp16Codec,
         "fp32": Fp32Codec,
+        "topk": TopkCodec,
+        "sparse": SparseCodec,
     }
     return codecs[name]()
+
+
+def mean_payload_bytes(codec: Codec, n: int, contributors: int) -> int:
+    """The size to expect of a mean of ``n`` elements in ``codec``; of ``sparse`` one of so many contributors."""
+    return codec.usual_bytes(n, contributors) if isinstance(codec, SparseCodec) else codec.payload_bytes(n)
 
 
 def as_tensor(buffer: memoryview) -> Tensor:

@@ -68,7 +68,7 @@ class FourBitCodec(ABC):
         """Size of the payload of ``n`` elements."""
         return 4 * block_count(n) + (n + 1) // 2
 
-    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> None:
+    def encode(self, values: Tensor, out: Tensor, scratch: Tensor) -> int:
         """See :meth:`Codec.encode <prime_async.work.codec.Codec.encode>`."""
         n = values.numel()
         scales = absmax_scales(values, self.LEVELS, self.LEAST_SCALE, self.MOST_SCALE)
@@ -78,6 +78,7 @@ class FourBitCodec(ABC):
         packed.copy_(codes[0::2])
         packed[: n // 2] |= codes[1::2] << 4
         write_scales(scales, out)
+        return out.numel()
 
     def check(self, payload: Tensor, n: int) -> str | None:
         """See :meth:`Codec.check <prime_async.work.codec.Codec.check>`."""

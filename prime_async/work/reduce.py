@@ -10,6 +10,7 @@ from torch import Tensor
 from prime_async.errors import NonFiniteError
 from prime_async.work.codec import Codec
 from prime_async.work.reducers import Reducer, mean
+from prime_async.work.workload import Reduction
 
 
 def weighted_mean(
@@ -20,14 +21,14 @@ def weighted_mean(
     scratch: tuple[Tensor, Tensor],
     mean_codec: Codec | None = None,
     reducer: Reducer = mean,
-) -> list[int]:
+) -> Reduction:
     """Write the encoded mean of ``payloads``, each uint8, weighted by ``weights`` (tokens, not negative), into ``out``.
 
     ``codec`` is that of the payloads, ``mean_codec`` that of the mean; the same if it is not given. ``reducer``
     makes the mean, and says in which order it computes: two owners with the same payloads write the same bytes.
 
-    Payloads that are not valid are left out, and their weights do not count; the positions of those are returned.
-    If nothing of weight is left the mean is zero. ``scratch`` is two tensors fp32 (n,), n being the chunk's elements.
+    Payloads that are not valid are left out, and their weights do not count. If nothing of weight is left the mean is
+    zero. ``scratch`` is two tensors fp32 (n,), n being the chunk's elements.
     """
     total, term = scratch
     reasons = [codec.check(payload, total.numel()) for payload in payloads]
@@ -36,9 +37,9 @@ def weighted_mean(
     reducer(codec, valid, total, term)
     mean_codec = mean_codec or codec
     try:
-        mean_codec.encode(total, out, scratch=term)
+        size = mean_codec.encode(total, out, scratch=term)
     except NonFiniteError:
         # The terms are finite, but contributions near the largest fp32 may add up to just beyond it.
         limit = torch.finfo(torch.float32).max
-        mean_codec.encode(total.clamp_(-limit, limit), out, scratch=term)
-    return skipped
+        size = mean_codec.encode(total.clamp_(-limit, limit), out, scratch=term)
+    return Reduction(size, skipped)

@@ -19,7 +19,7 @@ from prime_async.work.inner import Span, list_spans
 from prime_async.work.outer import STATE_PREFIXES, OuterState
 from prime_async.work.reducers import Reducer, make_reducer, mean
 from prime_async.work.threads import torch_threads
-from prime_async.work.workload import StepReport
+from prime_async.work.workload import Reduction, StepReport
 
 
 class OuterWorkload:
@@ -69,6 +69,9 @@ class OuterWorkload:
     def mean_bytes(self, chunk: int) -> int:
         return self._codec.mean_bytes(chunk)
 
+    def usual_mean_bytes(self, chunk: int) -> int:
+        return self._codec.usual_mean_bytes(chunk)
+
     def state_bytes(self, chunk: int) -> int:
         return self._outer.state_bytes(chunk)
 
@@ -80,7 +83,7 @@ class OuterWorkload:
         """Raises :class:`LocalError`: there is nothing to contribute."""
         raise LocalError("a witness contributes nothing: set node.witness = false on a node that trains")
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
         return self._codec.reduce(chunk, payloads, weights, out)
 
     def check(self, chunk: int, payload: memoryview) -> bool:

@@ -28,6 +28,14 @@ class StepReport:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A mean that was encoded. ``size``: bytes of it; ``left_out``: positions of contributions that were not valid."""
+
+    size: int
+    left_out: list[int]
+
+
 class Workload(Protocol):
     """A flat vector of fp32 elements in chunks, shared by all nodes, and the local work that moves it."""
 
@@ -56,7 +64,11 @@ class Workload(Protocol):
         ...
 
     def mean_bytes(self, chunk: int) -> int:
-        """Size of an encoded mean of ``chunk``."""
+        """Size of an encoded mean of ``chunk``, at most: of a codec of means that are sparse it depends on them."""
+        ...
+
+    def usual_mean_bytes(self, chunk: int) -> int:
+        """Size of a mean of ``chunk`` to reckon with, when there is none yet."""
         ...
 
     def state_bytes(self, chunk: int) -> int:
@@ -74,11 +86,11 @@ class Workload(Protocol):
         """
         ...
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> list[int]:
+    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
         """Write the encoded mean of ``payloads``, weighted or otherwise, into ``out``: the same bytes on every node.
 
-        Returns the positions of the payloads that were left out because they are not valid (wrong size, or not
-        finite); their weights do not count. With nothing left the mean is zero.
+        ``out`` has ``mean_bytes(chunk)``; the mean may be shorter. Payloads that are not valid (wrong size, or not
+        finite) are left out, and their weights do not count. With nothing left the mean is zero.
         """
         ...
 
