@@ -16,16 +16,20 @@ from typing import Any
 
 from prime_async.config.load import config_from
 from prime_async.config.template import node_toml
+from prime_async.errors import ConfigError
 from prime_async.transport.keys import write_key_file
 
 CONTROL_PORT, BULK_PORT = 7700, 7701
 
 
 def make_run(base: Path, out: Path, hosts: list[str], directory: str, dashboard: str) -> list[Path]:
-    """The configuration files, in the order of ``hosts``. Raises :class:`ConfigError` if ``base`` is wrong."""
+    """The configuration files, in the order of ``hosts``.
+
+    Raises :class:`ConfigError` if ``base`` is wrong, a host is named twice, or there is a key in ``out`` already.
+    """
     document = tomllib.loads(base.read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
-    names = [host.split(".")[0] for host in hosts]
+    names = names_of(hosts)
     keys = {name: write_key_file(out / f"{name}.key").id for name in names}
     contacts = [f"{keys[name]}@{host}:{CONTROL_PORT}" for name, host in zip(names, hosts, strict=True)]
     paths = []
@@ -49,6 +53,15 @@ def make_run(base: Path, out: Path, hosts: list[str], directory: str, dashboard:
         (out / name).mkdir(exist_ok=True)
         paths.append(path)
     return paths
+
+
+def names_of(hosts: list[str]) -> list[str]:
+    """First labels; the whole names where those are not enough, as of addresses."""
+    labels = [host.split(".")[0] for host in hosts]
+    names = labels if len(set(labels)) == len(hosts) else hosts
+    if len(set(names)) < len(hosts):
+        raise ConfigError([f"hosts {' '.join(hosts)}: one is named twice: each node needs a host of its own"])
+    return names
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from prime_async.config.contact import Contact
 from prime_async.config.load import load_config
 from prime_async.config.schema import NodeSettings
 from prime_async.config.spec import run_id
+from prime_async.errors import ConfigError, PrimeAsyncError
 from prime_async.plan import Setup, recommend
 from prime_async.transport.keys import read_key_file
 from prime_async.work.sizes import estimate_memory, named_size, parameter_count
@@ -181,6 +182,20 @@ def test_make_run_fits_the_names_of_the_pods(tmp_path: Path, maker: ModuleType) 
 
     assert [path.name for path in paths] == [f"{name}-{i}.toml" for i in range(pods)]
     assert load_config(paths[1]).node.advertise == f"{name}-1.{service}"
+
+
+def test_make_run_tells_addresses_apart_and_refuses_a_host_twice_and_other_nodes_keys(
+    tmp_path: Path, maker: ModuleType
+) -> None:
+    paths = maker.make_run(DEPLOY / "laptop.toml", tmp_path, ["10.77.0.1", "10.77.0.2"], "/state", "")
+    assert [path.name for path in paths] == ["10.77.0.1.toml", "10.77.0.2.toml"]
+    before = (tmp_path / "10.77.0.1.key").read_bytes()
+
+    with pytest.raises(ConfigError, match="one is named twice"):
+        maker.make_run(DEPLOY / "laptop.toml", tmp_path, ["first", "first"], "/state", "")
+    with pytest.raises(PrimeAsyncError, match=r"10\.77\.0\.1\.key"):
+        maker.make_run(DEPLOY / "laptop.toml", tmp_path, ["10.77.0.1", "10.77.0.2"], "/state", "")
+    assert (tmp_path / "10.77.0.1.key").read_bytes() == before
 
 
 # --- configurations for cards ---------------------------------------------------------------------------------------
