@@ -128,9 +128,10 @@ def _host_bytes(setup: Setup, choice: Choice) -> int:
     parameters = setup.parameters
     payload = payload_bytes(parameters, choice.codec)
     mean = mean_bytes(parameters, choice.codec, setup.nodes)
+    residual = 4 * parameters if choice.codec == "topk" else 0
     note = 0 if choice.mode == "blocking" else 4 * parameters // choice.fragments
     kept = mean + 2 * payload if choice.mode == "eager" else 0  # the last mean, and two contributions
-    return OUTER_BYTES * parameters + payload + mean + note + kept
+    return OUTER_BYTES * parameters + payload + mean + note + kept + residual
 
 
 def choices(inner_steps: int, fragments: int) -> list[Choice]:

@@ -326,12 +326,9 @@ def decoded(node: Workload, payloads: Sequence[memoryview], codec: str = "int4")
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("codec", ["int4", "topk"])
 @pytest.mark.parametrize("mode", ["blocking", "overlapped", "streaming", "eager"])
-def test_what_the_codec_drops_stays_in_the_local_weights_and_enters_the_next_contribution(
-    mode: str, codec: str
-) -> None:
-    node = tiny_workload(feeding_back(mode, codec), 0)
+def test_what_the_codec_drops_stays_in_the_local_weights_and_enters_the_next_contribution(mode: str) -> None:
+    node = tiny_workload(feeding_back(mode), 0)
     for _ in range(2):
         node.train(H, ignore)
         parts = chunks(node)
@@ -339,7 +336,7 @@ def test_what_the_codec_drops_stays_in_the_local_weights_and_enters_the_next_con
         own = capture(node) if mode in ("overlapped", "streaming") else [encoded(node, chunk) for chunk in parts]
         span = slice(parts.start * CHUNK, min(parts.stop * CHUNK, node.elements))
         dropped = progress.clone()
-        dropped[span] -= decoded(node, own, codec)
+        dropped[span] -= decoded(node, own)
         assert dropped[span].abs().max() > 1e-4
         if mode == "eager":
             for chunk in parts:
@@ -354,6 +351,72 @@ def test_what_the_codec_drops_stays_in_the_local_weights_and_enters_the_next_con
             for chunk in parts:
                 node.merge(chunk)
         torch.testing.assert_close(outer_weights(node) - local_weights(node), dropped, rtol=0, atol=1e-6)
+
+
+def contribute(node: DilocoWorkload, mode: str) -> list[memoryview]:
+    """As a node does in this mode at a boundary."""
+    if mode in ("overlapped", "streaming"):
+        return capture(node)
+    return jump(node) if mode == "eager" else [encoded(node, chunk) for chunk in chunks(node)]
+
+
+def take(node: DilocoWorkload, mode: str, means: Sequence[memoryview], own: Sequence[memoryview], inside: bool) -> None:
+    parts = chunks(node)
+    for chunk, mean, payload in zip(parts, means, own, strict=True):
+        if mode == "blocking":
+            node.apply(chunk, mean, inside, payload)
+        else:
+            node.apply_beside(chunk, mean, inside, 1.0)
+    node.end_round()
+    for chunk in parts if mode != "blocking" else ():
+        node.merge(chunk)
+
+
+def topk_of(node: DilocoWorkload, values: torch.Tensor, first: int) -> torch.Tensor:
+    """What topk keeps of ``values``, which begin at chunk ``first``."""
+    kept = torch.empty_like(values)
+    for start in range(0, len(values), CHUNK):
+        part = values[start : start + CHUNK]
+        out = torch.empty(node.payload_bytes(first + start // CHUNK), dtype=torch.uint8)
+        make_codec("topk").encode(part, out, part)
+        make_codec("topk").decode(out, kept[start : start + CHUNK])
+    return kept
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("mode", ["blocking", "overlapped", "streaming", "eager"])
+def test_what_topk_drops_is_kept_apart_and_fades_and_the_local_weights_have_what_was_contributed(
+    mode: str, inside: bool
+) -> None:
+    """Given two contributions of the same chunks, the first in its mean or not, then no progress is lost or doubled."""
+    node, other = tiny_workload(feeding_back(mode, "topk"), 0), tiny_workload(feeding_back(mode, "topk"), 1)
+    node.train(H, ignore)
+    other.train(H, ignore)
+    first = chunks(node)
+    span = slice(first.start * CHUNK, min(first.stop * CHUNK, node.elements))
+    progress = (outer_weights(node) - local_weights(node))[span].clone()
+    own = contribute(node, mode)
+    sent = decoded(node, own, "topk")
+    torch.testing.assert_close(sent, topk_of(node, progress, first.start), rtol=0, atol=0)
+    take(node, mode, mean_of(node, [own if inside else contribute(other, mode)]), own, inside)
+    left = (outer_weights(node) - local_weights(node))[span].clone()
+    torch.testing.assert_close(left, torch.zeros_like(sent) if inside else sent, rtol=0, atol=1e-6)
+    if inside:
+        assert torch.equal(local_weights(node)[span], outer_weights(node)[span])
+    for _ in range(node.fragments.count - 1):
+        between = contribute(node, mode)
+        take(node, mode, mean_of(node, [between]), between, True)
+    again = decoded(node, contribute(node, mode), "topk")
+    expected = 0.95 * (progress - sent) + left
+    torch.testing.assert_close(again, topk_of(node, expected, first.start), rtol=1e-3, atol=1e-6)
+
+
+def test_a_topk_contribution_that_came_to_nothing_is_contributed_once() -> None:
+    """Its progress is still in the local weights: the residual must not have it too."""
+    node = tiny_workload(feeding_back("overlapped", "topk"), 0)
+    node.train(H, ignore)
+    first = decoded(node, capture(node), "topk")
+    torch.testing.assert_close(decoded(node, capture(node), "topk"), first, rtol=1e-5, atol=1e-7)
 
 
 def test_without_what_was_contributed_it_is_not_known_what_was_dropped() -> None:

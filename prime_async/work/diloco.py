@@ -27,6 +27,9 @@ from prime_async.work.threads import torch_threads
 from prime_async.work.witness import OuterWorkload, open_witness
 from prime_async.work.workload import StepReport, Workload
 
+RESIDUAL_DECAY = 0.95
+"""Of what ``topk`` dropped, per contribution: SparseLoCo's (arXiv 2508.15706)."""
+
 
 class Trainer(Protocol):
     """What DiLoCo needs of the inner loop; :class:`prime_async.work.inner.InnerTrainer` is the one that trains."""
@@ -111,6 +114,15 @@ class DilocoWorkload(OuterWorkload):
     what was encoded differs from ``theta_r - s``, the difference stays in x, as progress that was not counted: s is
     ``theta_r - c`` in the two equations. So it enters the next contribution.
 
+    ``topk`` drops nearly all. Were that left in x, the nodes would part from each other, and train alone: in a short
+    run that was worse than no feedback. So there it goes from x into a residual e, 4 bytes a parameter on the host, as
+    SparseLoCo has it (arXiv 2508.15706), with its decay b::
+
+        c = encode(b e + (theta_r - s))
+        e <- b e + (theta_r - s) - c
+
+    and the progress that was contributed is c, no more: it stays in x where c is not in the mean.
+
     *By fragments*: all of this for the chunks of one fragment in each round; x moves on in the others meanwhile. A
     fragment is exchanged every ``fragments.count`` rounds.
 
@@ -151,7 +163,10 @@ class DilocoWorkload(OuterWorkload):
         self._next_batch = 0
         self.note_elements = self._most_elements() if overlaps else 0
         self._notes = trainer.device.staging(self.note_elements)
-        self._feeds_back = error_feedback
+        has_residual = error_feedback and codec.name == "topk"
+        self._residual = torch.zeros(outer.chunks.elements) if has_residual else None
+        self._feeds_back = error_feedback and not has_residual
+        self._sent: dict[int, bytes] = {}  # by chunk that was captured: our contribution, if there is a residual
         self._moves = 0  # of the local weights by inner steps; 0 at the beginning, when they are the outer ones
         self._equal_at = [0] * self.chunk_count  # by chunk: after this many the local weights were the outer ones
         self._captured_at: dict[int, int] = {}  # by chunk: after so many they were noted
@@ -176,6 +191,7 @@ class DilocoWorkload(OuterWorkload):
 
     def capture(self, chunk: int) -> None:
         note = self._note(chunk)
+        self._recall(chunk)
         with torch_threads(1):
             self.trainer.device.to_host(self._local(chunk), note)
             self.trainer.device.synchronize()
@@ -187,12 +203,42 @@ class DilocoWorkload(OuterWorkload):
             if chunk in self._captured_at:
                 note = self._note(chunk)
                 torch.sub(self._outer.theta(chunk), note, out=note)
+                if self._residual is not None:
+                    self._encode_with_residual(chunk, note, out, scratch)
+                    self._sent[chunk] = bytes(out)
+                    return
                 self._codec.encode(note, out, scratch=scratch)
                 if self._feeds_back:
                     self._codec.decode_contribution(out, note)
             else:
                 torch.sub(self._outer.theta(chunk), self._on_host(chunk, delta), out=delta)
+                if self._residual is not None:
+                    self._encode_with_residual(chunk, delta, out, scratch)
+                    self._move_local(chunk, torch.sub(self._outer.theta(chunk), scratch, out=scratch))
+                    self._equal_at[chunk] = -1  # also if no inner step was done since it was
+                    return
                 self._codec.encode(delta, out, scratch=delta)
+
+    def _encode_with_residual(self, chunk: int, progress: Tensor, out: memoryview, scratch: Tensor) -> None:
+        """Encode ``progress`` and the residual, which then is what was dropped. ``scratch``: what was not."""
+        assert self._residual is not None
+        residual = self._residual[self._outer.chunks.span(chunk)]
+        torch.mul(residual, RESIDUAL_DECAY, out=scratch)
+        scratch.add_(progress)
+        self._codec.encode(scratch, out, scratch=scratch)
+        residual.copy_(scratch)
+        self._codec.decode_contribution(out, scratch)
+        residual.sub_(scratch)
+
+    def _recall(self, chunk: int) -> None:
+        """A contribution that came to nothing: all of its progress is still in x, so none of it is in the residual."""
+        own = self._sent.pop(chunk, None)
+        if own is None:
+            return
+        assert self._residual is not None
+        with self._codec.work_on(chunk) as (counted, _):
+            self._codec.decode_contribution(memoryview(own), counted)
+            self._residual[self._outer.chunks.span(chunk)].add_(counted).sub_(self._note(chunk))
 
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         """Raises :class:`ProtocolError` if ``mean`` is not valid, :class:`LocalError` if this round had one already.
@@ -255,9 +301,12 @@ class DilocoWorkload(OuterWorkload):
         note, theta = self._note(chunk), self._outer.theta(chunk)
         with self._codec.work_on(chunk) as (gradient, scratch):
             self._codec.decode(mean, gradient)
-            own = self._jumped.pop(chunk, None)
+            own, sent = self._jumped.pop(chunk, None), self._sent.pop(chunk, None)
             if included or own is not None:
                 note.sub_(theta)  # -s
+            elif sent is not None:  # what was dropped is in the residual
+                self._codec.decode_contribution(memoryview(sent), scratch)
+                note.sub_(scratch).sub_(theta)
             else:
                 torch.neg(theta, out=note)
             self._outer.step(chunk, gradient, scratch)
@@ -284,6 +333,7 @@ class DilocoWorkload(OuterWorkload):
             raise LocalError(f"chunk {chunk} has no contribution to give up")
         is_used_up = self._captured_at.pop(chunk) == self._moves and not self._feeds_back
         self._jumped.pop(chunk, None)
+        self._sent.pop(chunk, None)
         self._move_by_note(chunk, to_theta=is_used_up)
 
     def take_back(self, chunk: int) -> None:
@@ -304,6 +354,9 @@ class DilocoWorkload(OuterWorkload):
         self._captured_at.clear()
         self._included.clear()
         self._jumped.clear()
+        self._sent.clear()
+        if self._residual is not None:
+            self._residual.zero_()
 
     def import_state(self, chunk: int, data: memoryview) -> None:
         """Raises :class:`ProtocolError` if ``data`` has another size or is not finite: then nothing has changed."""
