@@ -286,6 +286,44 @@ class Goodbye(Struct, frozen=True, kw_only=True, tag_field="t", tag="goodbye"):
     text: Text = ""
 
 
+# --- letting newcomers in -------------------------------------------------------------------------------------------
+
+
+class MemberAddress(Struct, frozen=True, kw_only=True):
+    """A member that can be asked: its id, and where its control plane listens."""
+
+    id: NodeId
+    control: Address
+
+
+class AskRun(Struct, frozen=True, kw_only=True, tag_field="t", tag="ask_run"):
+    """Somebody with an invitation asks what the run is; and, if ``key`` is not empty, that this key may connect.
+
+    It is all that may be said over a connection made with an invitation's key.
+    """
+
+    key: Annotated[str, Meta(max_length=64)] = ""
+    name: Name = ""
+
+
+class RunInfo(Struct, frozen=True, kw_only=True, tag_field="t", tag="run_info"):
+    """The answer to ``AskRun``: the run spec, flat, as in ``Hello``, and members to ask, this one first.
+
+    ``key``: as in the question; it may connect from now on.
+    """
+
+    settings: Annotated[dict[Name, Text], Meta(max_length=256)]
+    members: Annotated[tuple[MemberAddress, ...], Meta(max_length=64)]
+    key: Annotated[str, Meta(max_length=64)] = ""
+
+
+class Vouch(Struct, frozen=True, kw_only=True, tag_field="t", tag="vouch"):
+    """A member to the others: ``key`` came with an invitation of mine; let it connect to you, too."""
+
+    key: NodeId
+    name: Name = ""
+
+
 # --- rounds ---------------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +453,7 @@ class Holdings(Struct, frozen=True, kw_only=True, tag_field="t", tag="holdings")
 Message: TypeAlias = (
     Hello | Welcome | Redirect | Refuse | Heartbeat | HeartbeatAck | Propose | Accepted | AskView | ViewUpdate
     | PreVote | Support | Prepare | Promise | Outvoted | Goodbye
+    | AskRun | RunInfo | Vouch
     | Ready | Plan | Open | Ask | Held | Have | Behind
     | AskLedger | Holdings
 )  # fmt: skip

@@ -15,6 +15,8 @@ from prime_async.machines.vocabulary import (
     Event,
     Fail,
     Finish,
+    KeyToLetIn,
+    LetIn,
     Send,
     StoreBallot,
 )
@@ -25,7 +27,8 @@ from prime_async.transport.base import Transport
 class MembershipActor:
     """Performs the effects of a membership machine.
 
-    ``admit`` is told the ids of a view's members: who is in it may connect to this node. ``store`` puts a ballot on
+    ``admit`` is told the ids of a view's members: who is in it may connect to this node. ``let_in`` puts a key on the
+    list of those that may, in a worker thread, and returns why not if it does not. ``store`` puts a ballot on
     disk, in a worker thread; of several that wait, the newest alone is written, and answers for all.
     """
 
@@ -37,6 +40,7 @@ class MembershipActor:
         *,
         store: Callable[[Ballot], None],
         admit: Callable[[frozenset[str]], None],
+        let_in: Callable[[KeyToLetIn], str],
         fail: Callable[[Fail], None],
         finish: Callable[[], None],
     ) -> None:
@@ -47,6 +51,7 @@ class MembershipActor:
         self._unstored: StoreBallot | None = None
         self._storing = False
         self._admit = admit
+        self._let_in = let_in
         self._fail = fail
         self._finish = finish
         self._dialled: set[str] = set()
@@ -61,6 +66,8 @@ class MembershipActor:
                     self._transport.dial(peer, control, "")
             case ConnectMembers(view=view, contacts=contacts):
                 self._connect(view, contacts)
+            case KeyToLetIn():
+                self._nursery.start_soon(self._let_in_key, effect)
             case StoreBallot():
                 self._unstored = effect
                 if not self._storing:
@@ -72,6 +79,11 @@ class MembershipActor:
                 self._finish()
             case _:
                 raise TypeError(f"membership does not perform {type(effect).__name__}")
+
+    async def _let_in_key(self, asked: KeyToLetIn) -> None:
+        refusal = await trio.to_thread.run_sync(self._let_in, asked)
+        event = LetIn(peer=asked.peer, key=asked.key, name=asked.name, invited=asked.invited, refusal=refusal)
+        self._post(event)
 
     async def _store_newest(self) -> None:
         while (effect := self._unstored) is not None:

@@ -25,6 +25,7 @@ class ChunkStore:
         self._oldest = {"contribution": 0, "mean": 0}
         self._taken = -1  # the newest round of which a contribution was used
         self.read_ledger: Callable[[ChunkKey], Awaitable[Chunk]] | None = None
+        self.may_read: Callable[[str], bool] = lambda _: True
         self.on_taken: Callable[[int], None] | None = None
         """Told the round when the first chunk of this node's contribution is about to be used, here or by a peer."""
 
@@ -58,8 +59,10 @@ class ChunkStore:
         for key in [k for k in self._waiting if k.round < self._oldest[k.kind]]:
             self._waiting.pop(key).set()
 
-    async def provide(self, peer: str, key: ChunkKey) -> Chunk:  # noqa: ARG002  (all who may connect may read)
+    async def provide(self, peer: str, key: ChunkKey) -> Chunk:
         """See :class:`~prime_async.transport.base.Provider`."""
+        if not self.may_read(peer):
+            raise ChunkUnavailableError(f"{key} is for members: who has an invitation may ask for the run spec")
         if key.kind not in ("contribution", "mean") or self._is_on_disk(key):
             if self.read_ledger is None:
                 raise ChunkUnavailableError(f"{key} is not served here")

@@ -14,6 +14,8 @@ app = App(
 )
 app.command("prime_async.cli.demo:demo", name="demo")
 app.command("prime_async.cli.init:init", name="init")
+app.command("prime_async.cli.invite:invite", name="invite")
+app.command("prime_async.cli.join:join", name="join")
 app.command("prime_async.cli.check:check", name="check")
 app.command("prime_async.cli.run:run", name="run")
 app.command("prime_async.cli.recover:recover", name="recover")

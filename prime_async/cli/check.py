@@ -9,9 +9,8 @@ from typing import Annotated
 import msgspec
 import trio
 from cyclopts import Parameter
-from rich.console import Console
 
-from prime_async.cli.preflight import Finding, preflight
+from prime_async.cli.preflight import preflight, print_findings
 
 
 def check(config: Path, /, *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
@@ -29,15 +28,5 @@ def check(config: Path, /, *, json_: Annotated[bool, Parameter(name="--json", ne
     if json_:
         print(json.dumps({"ok": not bad, "findings": msgspec.to_builtins(findings)}))
     else:
-        _print(findings)
+        print_findings(findings)
     return 1 if bad else 0
-
-
-def _print(findings: list[Finding]) -> None:
-    say = Console(highlight=False, soft_wrap=True).print
-    marks = {"good": "[green]ok[/green]  ", "warning": "[yellow]note[/yellow]", "problem": "[red]bad[/red] "}
-    for finding in findings:
-        say(f"{marks[finding.verdict]} [bold]{finding.subject:<8}[/bold] ", end="")
-        say(finding.text, markup=False)
-        if finding.fix:
-            say(f"              fix: {finding.fix}", markup=False)

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import trio
 from msgspec import Struct
+from rich.console import Console
 
 from prime_async.config.load import load_config
 from prime_async.config.schema import Config
@@ -40,11 +41,27 @@ async def preflight(path: Path) -> list[Finding]:
         return [
             _problem("config", text, "mend it, or write a new file with `prime-async init`") for text in error.problems
         ]
-    findings = [_good("config", f"{path}: run {config.run.name!r}, run id {run_id(config.run).hex()[:16]}")]
+    return await try_config(config, f"{path}: run {config.run.name!r}, run id {run_id(config.run).hex()[:16]}")
+
+
+async def try_config(config: Config, name: str) -> list[Finding]:
+    """All findings about the node of ``config``, which is called ``name`` in the first one."""
+    findings = [_good("config", name)]
     findings += [*_key(config), *_ports(config), *_address(config)]
     findings += await _contacts(config)
     findings += await trio.to_thread.run_sync(lambda: list(_machine(config)))
     return findings
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """One line each, and the fix under those that need one."""
+    say = Console(highlight=False, soft_wrap=True).print
+    marks = {"good": "[green]ok[/green]  ", "warning": "[yellow]note[/yellow]", "problem": "[red]bad[/red] "}
+    for finding in findings:
+        say(f"{marks[finding.verdict]} [bold]{finding.subject:<8}[/bold] ", end="")
+        say(finding.text, markup=False)
+        if finding.fix:
+            say(f"              fix: {finding.fix}", markup=False)
 
 
 def _good(subject: str, text: str) -> Finding:

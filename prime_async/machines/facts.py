@@ -79,6 +79,18 @@ class MemberLeft(Struct, frozen=True, kw_only=True, tag="member_left"):
     view: int
 
 
+class KeyLetIn(Struct, frozen=True, kw_only=True, tag="key_let_in"):
+    """``key`` may connect from now on.
+
+    It came with the invitation ``by``, or, not ``invited``, the member ``by`` vouches for it.
+    """
+
+    key: str
+    name: str
+    by: str
+    invited: bool
+
+
 class HelloRefused(Struct, frozen=True, kw_only=True, tag="hello_refused"):
     """The leader refused a node."""
 
@@ -319,7 +331,7 @@ class PeerDropped(Struct, frozen=True, kw_only=True, tag="peer_dropped"):
 
 Fact: TypeAlias = (
     InnerStepDone | HeldOutLoss | Founded | Joined | StillAsking | KeyDenied | MemberJoined | MemberLost | MemberLeft
-    | HelloRefused | ViewAdopted | LeaderSilent | LeaderElected | SteppedDown | CutOff
+    | KeyLetIn | HelloRefused | ViewAdopted | LeaderSilent | LeaderElected | SteppedDown | CutOff
     | StateNowhere | SlowWake | StateDiverged | WaitingForMembers
     | RoundPlanned | OwnersLost | RoundTakenOver | ContributorLeftOut | RoundCommitted
     | RoundFinished | RoundIgnored | NonFiniteProgress

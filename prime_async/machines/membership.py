@@ -51,6 +51,7 @@ from prime_async.machines.facts import (
     ViewAdopted,
 )
 from prime_async.machines.leadership import ContactPoint, Leadership, MembershipSettings, OuterStates, Peer
+from prime_async.machines.reception import answer_run, on_let_in
 from prime_async.machines.seeking import Seeking
 from prime_async.machines.standing import Standing
 from prime_async.machines.vocabulary import (
@@ -64,7 +65,9 @@ from prime_async.machines.vocabulary import (
     Fail,
     Finish,
     Heard,
+    KeyToLetIn,
     Leave,
+    LetIn,
     Offended,
     Progress,
     Reached,
@@ -80,6 +83,7 @@ from prime_async.machines.vocabulary import (
 )
 from prime_async.messages import (
     Accepted,
+    AskRun,
     AskView,
     Goodbye,
     Heartbeat,
@@ -97,6 +101,7 @@ from prime_async.messages import (
     Support,
     View,
     ViewUpdate,
+    Vouch,
     Welcome,
 )
 
@@ -185,6 +190,8 @@ class Membership:
                 self.reachable[peer] = reachable
                 if self.leadership is not None:
                     self.leadership.go_on(now, out)
+            case LetIn():
+                on_let_in(self.settings, self.view, event, out)
             case DoorClosed(peer=peer, address=address):
                 self._on_door_closed(peer, address, out)
             case Offended():
@@ -440,6 +447,10 @@ class Membership:
                 self.leadership.on_accepted(peer, message.epoch, message.number, message.incarnations, out)
             case Goodbye():
                 self._on_goodbye(now, peer, message, out)
+            case AskRun():
+                answer_run(self.settings, self.view, peer, message, out)
+            case Vouch(key=key, name=name) if self._knows(peer):
+                out.append(KeyToLetIn(peer=peer, key=key, name=name, invited=False))
             case AskView(number=number) if self._knows(peer):
                 self._show(peer, number, out)
             case HeartbeatAck() | Propose() | ViewUpdate():

@@ -153,6 +153,16 @@ class MeansCommitted(Struct, frozen=True, kw_only=True, tag="means_committed"):
     chain: bytes
 
 
+class LetIn(Struct, frozen=True, kw_only=True, tag="let_in"):
+    """To membership: ``KeyToLetIn`` is done. ``refusal``: why the key may not connect; empty: it may."""
+
+    peer: str
+    key: str
+    name: str
+    invited: bool
+    refusal: str = ""
+
+
 class Leave(Struct, frozen=True, kw_only=True, tag="leave"):
     """To membership: say goodbye. To training: finish the round (or, ``at_once``, the step), save, then leave."""
 
@@ -341,7 +351,7 @@ Event: TypeAlias = (
     | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured | Encoded
     | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
     | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
-    | SnapshotStored | LedgerFailed
+    | SnapshotStored | LedgerFailed | LetIn
 )  # fmt: skip
 """Everything that can happen to a machine."""
 
@@ -386,6 +396,18 @@ class ConnectMembers(Struct, frozen=True, kw_only=True, tag="connect_members"):
 
     view: View
     contacts: tuple[str, ...] = ()
+
+
+class KeyToLetIn(Struct, frozen=True, kw_only=True, tag="key_to_let_in"):
+    """Put ``key`` on the list of those that may connect, safe from a crash: ``LetIn``.
+
+    ``invited``: ``peer`` is an invitation, and is to be looked at first; else it is a member that vouches for the key.
+    """
+
+    peer: str
+    key: str
+    name: str
+    invited: bool
 
 
 class StoreBallot(Struct, frozen=True, kw_only=True, tag="store_ballot"):
@@ -648,8 +670,8 @@ class Keep(Struct, frozen=True, kw_only=True, tag="keep"):
 
 
 Effect: TypeAlias = (
-    WakeAt | Report | Tell | Send | Dial | ConnectMembers | StoreBallot | Fail | Finish | Fetch | CancelFetches
-    | CancelFetch | AdoptMean | Settle | Reduce | Forget
+    WakeAt | Report | Tell | Send | Dial | ConnectMembers | KeyToLetIn | StoreBallot | Fail | Finish | Fetch
+    | CancelFetches | CancelFetch | AdoptMean | Settle | Reduce | Forget
     | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | TakeBack | Evaluate | Restore | Save
     | ImportChunk | EndImport | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk
     | StoreRecord | AdoptRound | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep

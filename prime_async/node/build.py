@@ -58,7 +58,7 @@ def advertised_host(node: NodeSettings) -> str:
 
 def allow_list(node: NodeSettings) -> AllowList:
     """Who may connect before there is a view: the configured keys, and those we ask."""
-    return AllowList([*node.allow, *(c.id for c in contacts_of(node))], node.allow_file)
+    return AllowList([*node.allow, *(c.id for c in contacts_of(node))], node.allow_file, node.directory)
 
 
 def data_stream(node_id: str) -> int:

@@ -62,7 +62,7 @@ from prime_async.machines.vocabulary import (
     Reached,
     StateAt,
 )
-from prime_async.messages import AskView, LedgerMessage, Message, RoundMessage, ViewUpdate
+from prime_async.messages import AskRun, AskView, LedgerMessage, Message, RoundMessage, ViewUpdate
 from prime_async.node.allow import AllowList
 from prime_async.node.build import (
     allow_list,
@@ -207,6 +207,7 @@ class Node:
             runners["membership"].post,
             store=self._ballots.save,
             admit=self._admit,
+            let_in=self._allow.let_in,
             fail=self._fail,
             finish=self._finished.set,
         )
@@ -227,6 +228,7 @@ class Node:
             keeper.on_snapshot = self._copier.wake
             nursery.start_soon(self._copier.run, name=f"copier of {self.id[:8]}")
         self._store.read_ledger = keeper.provide
+        self._store.may_read = lambda peer: not self._allow.may_only_ask(peer)
         self._store.on_taken = lambda round: self._post("training", ContributionTaken(round=round))
         training = TrainingActor(
             keeper,
@@ -255,6 +257,11 @@ class Node:
 
     def _on_notice(self, notice: Notice) -> None:
         match notice:
+            case Received(peer=peer, message=message) if self._allow.may_only_ask(peer):
+                if isinstance(message, AskRun):
+                    self._runners["membership"].offer(Heard(peer=peer, message=message))
+                else:
+                    self._log.warning("message_of_an_invitation_ignored", peer=peer, message=type(message).__name__)
             case Received(peer=peer, message=message):
                 self._runners[_concerned(message)].offer(Heard(peer=peer, message=message))
                 if isinstance(message, ViewUpdate | AskView):  # for both: a plan may refer to an older view

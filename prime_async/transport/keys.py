@@ -46,7 +46,7 @@ class KeyPair:
 def generate() -> KeyPair:
     """A new key pair, from the system's randomness."""
     _, secret = zmq.curve_keypair()
-    return _from_secret(_from_z85(secret))
+    return key_from_secret(_from_z85(secret))
 
 
 def is_id(text: str) -> bool:
@@ -92,7 +92,7 @@ def read_key_file(path: Path) -> KeyPair:
         raise ConfigError([f"key file {path}: cannot be read ({error.strerror}); mend its path or rights"]) from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         log.warning("key_file_readable_by_others", path=str(path), mode=oct(mode & 0o777), fix=f"chmod 600 {path}")
-    return _from_secret(_parse(path, content))
+    return key_from_secret(_parse(path, content))
 
 
 def _parse(path: Path, content: bytes) -> bytes:
@@ -125,7 +125,8 @@ def _write_private(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _from_secret(secret: bytes) -> KeyPair:
+def key_from_secret(secret: bytes) -> KeyPair:
+    """The pair that a secret key of 32 bytes belongs to."""
     return KeyPair(secret=secret, public=_from_z85(zmq.curve_public(z85.encode(secret))))
 
 

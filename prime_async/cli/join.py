@@ -1,0 +1,221 @@
+"""``prime-async join``: from a string to a node that trains, with one question."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import trio
+from cyclopts import Parameter
+from rich.console import Console
+
+from prime_async.cli.demo_report import size
+from prime_async.cli.init import ALLOW_FILE, ALLOW_TEXT, CONFIG_FILE, KEY_FILE
+from prime_async.cli.preflight import print_findings, try_config
+from prime_async.config.contact import Contact
+from prime_async.config.invitation import Invitation
+from prime_async.config.load import config_from, load_config
+from prime_async.config.schema import Config, RunSpec
+from prime_async.config.spec import run_id
+from prime_async.config.template import node_toml
+from prime_async.errors import ConfigError, EnvironmentFault
+from prime_async.node.invite import open_door
+from prime_async.transport.keys import KeyPair, read_key_file, write_key_file
+from prime_async.work.codec import make_codec
+
+PORT_PAIRS: Final = 50
+MEASURED_STEPS: Final = 3
+
+
+def join(
+    string: str,
+    directory: Path | None = None,
+    /,
+    *,
+    name: str = "",
+    device: str = "auto",
+    data_path: Path | None = None,
+    micro_batch_size: int = 0,
+    advertise: str = "",
+    yes: Annotated[bool, Parameter(negative="")] = False,
+    run: bool = True,
+) -> int:
+    """Join a run with the string that a member printed: `prime-async invite`.
+
+    Fetches the run spec from a member and checks that it is the one of the string, checks this machine, measures an
+    inner step, asks once, writes node.toml and its key, and trains. A run spec names models and data of this program
+    alone: nothing of it is run as code.
+
+    Parameters
+    ----------
+    string
+        All of it.
+    directory
+        Where node.toml, the key and the state are kept; by default a folder called like the run.
+    name
+        Shown to people; by default this machine's name.
+    device
+        As node.device.
+    data_path
+        As node.data_path: the token file, if the run trains on one.
+    micro_batch_size
+        As node.micro_batch_size: smaller takes less memory.
+    advertise
+        As node.advertise: where others dial this node, if that is not what this machine thinks.
+    yes
+        Do not ask.
+    run
+        Train at once; otherwise say how.
+    """
+    invitation = Invitation.parse(string)
+    home = directory or Path(invitation.name)
+    path = home / CONFIG_FILE
+    if path.exists():
+        raise ConfigError([f"{path}: is there already: `prime-async run {path}`, or name another directory"])
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError(["stdin is no terminal, where a question could be asked: add --yes"])
+    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    key = _key(home)
+    say(f"Asking {', '.join(f'{m.host}:{m.port}' for m in invitation.members)} about the run {invitation.name!r} ...")
+    spec = trio.run(_read_run, invitation, key)
+    if spec.data == "tokens" and data_path is None:
+        digest = f", whose digest is {spec.data_digest}" if spec.data_digest else ""
+        raise ConfigError(
+            [f"this run trains on a token file{digest}: get it from whoever runs it, and add --data-path"]
+        )
+    node: dict[str, object] = {
+        "name": name or socket.gethostname()[:64],
+        "key": str(key_file(home)),
+        "directory": str(home / "state"),
+        "device": device,
+        "encrypt": invitation.encrypt,
+        "micro_batch_size": micro_batch_size,
+        "advertise": advertise,
+        "data_path": "" if data_path is None else str(data_path.absolute()),
+    }
+    config = _config(spec, {**node, **_free_ports("0.0.0.0")}, invitation.members)
+    findings = trio.run(try_config, config, f"run {spec.name!r}, run id {run_id(spec).hex()[:16]}")
+    print_findings(findings)
+    if any(f.verdict == "problem" for f in findings):
+        raise ConfigError(["this machine is not ready: mend what is marked bad, and join again"])
+    say(_description(config, measure_step(config)))
+    if not yes and input("Join and train? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        say("Nothing was written but the key.")
+        return 1
+    members = trio.run(_let_in, invitation, key, config.node.name)
+    _write(home, _config(spec, {**node, **_ports_of(config), "allow_file": ALLOW_FILE}, members))
+    say(f"Wrote {path}.")
+    if not run:
+        say(f"  prime-async run {path}")
+        return 0
+    from prime_async.cli.run import run as run_node
+
+    return run_node(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSpeed:
+    """Of an inner step here. ``seconds``: the median of a few, after a first one. ``parameters``: of the model."""
+
+    seconds: float
+    tokens: int
+    parameters: int
+
+
+def measure_step(config: Config) -> StepSpeed:
+    """Do a few inner steps. Raises what opening the model and data raises; :class:`EnvironmentFault` without memory."""
+    import torch
+
+    from prime_async.work.factory import open_inner_trainer
+    from prime_async.work.workload import StepReport
+
+    reports: list[StepReport] = []
+    try:
+        trainer = open_inner_trainer(config.run, config.node, 0)
+        trainer.train(0, 1 + MEASURED_STEPS, reports.append)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise EnvironmentFault(
+            "an inner step needs more memory than there is: join with a smaller --micro-batch-size"
+        ) from error
+    seconds = statistics.median(r.seconds for r in reports[1:])
+    return StepSpeed(seconds=seconds, tokens=reports[-1].tokens, parameters=trainer.flat.numel())
+
+
+def key_file(home: Path) -> Path:
+    """Of a node that keeps its things there."""
+    return home / KEY_FILE
+
+
+def _key(home: Path) -> KeyPair:
+    """The key that is there, from an earlier try, or a new one."""
+    home.mkdir(parents=True, exist_ok=True)
+    path = key_file(home)
+    return read_key_file(path) if path.exists() else write_key_file(path)
+
+
+async def _read_run(invitation: Invitation, key: KeyPair) -> RunSpec:
+    async with open_door(invitation, key) as door:
+        return await door.read_run()
+
+
+async def _let_in(invitation: Invitation, key: KeyPair, name: str) -> tuple[Contact, ...]:
+    async with open_door(invitation, key) as door:
+        return await door.let_in(name)
+
+
+def _config(run: RunSpec, node: dict[str, object], members: tuple[Contact, ...]) -> Config:
+    return config_from({"run": run.model_dump(), "node": {**node, "join": [str(m) for m in members]}}, "join")
+
+
+def _ports_of(config: Config) -> dict[str, int]:
+    return {"port": config.node.port, "bulk_port": config.node.bulk_port}
+
+
+def _free_ports(host: str) -> dict[str, int]:
+    """Two, one after the other: the usual ones, if no other node of this machine has them."""
+    for port in range(7700, 7700 + 2 * PORT_PAIRS, 2):
+        try:
+            for number in (port, port + 1):
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((host, number))
+        except OSError:
+            continue
+        return {"port": port, "bulk_port": port + 1}
+    raise EnvironmentFault(f"no two ports from 7700 to {7700 + 2 * PORT_PAIRS} are free: stop what listens there")
+
+
+def _description(config: Config, speed: StepSpeed) -> str:
+    """What taking part will mean for this machine."""
+    run = config.run
+    steps = run.steps_per_round
+    rounds = (
+        f"{steps} inner steps, about {_duration(steps * speed.seconds)} here" if steps else f"{run.round.seconds:g} s"
+    )
+    payload = make_codec(run.exchange.codec).payload_bytes(-(-speed.parameters // run.fragment_count))
+    tokens_per_s = speed.tokens / speed.seconds
+    until = f"it ends after {run.rounds} rounds" if run.rounds else "it goes on until it is stopped"
+    return (
+        f"\n{run.name!r}: {speed.parameters:,} parameters, {run.model}, on {run.data}; {until}.\n"
+        f"An inner step of {speed.tokens:,} tokens takes {speed.seconds:.3g} s: {tokens_per_s:,.0f} tokens/s.\n"
+        f"A round is {rounds}; after it about {size(2 * payload)} are sent, and as much comes."
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _write(home: Path, config: Config) -> None:
+    """The file, with paths relative to its folder."""
+    own = {"key": Path(KEY_FILE), "directory": Path("state")}
+    node = config.node.model_copy(update=own)
+    allow_file = home / ALLOW_FILE
+    if not allow_file.exists():
+        allow_file.write_text(ALLOW_TEXT, encoding="utf-8")
+    (home / CONFIG_FILE).write_text(node_toml(config.model_copy(update={"node": node})), encoding="utf-8")
+    load_config(home / CONFIG_FILE)
