@@ -748,3 +748,58 @@ def test_nothing_is_fetched_any_more_once_the_node_is_settled() -> None:
     rig.give(FetchFailed(peer="n0", key=ChunkKey(kind="mean", round=4, chunk=0), fault="late"))
     assert not of(CancelFetches, rig.done)
     assert rig.machine.download.waiting == deque()
+
+
+# --- initial weights from elsewhere ---------------------------------------------------------------------------------
+
+GIVEN = CheckpointSettings(
+    me="me", chunk_count=CHUNKS, mean_bytes=10, state_bytes=80, snapshot_every=100, initial=state(0)
+)
+NOTHING = at(0, digest("zeros"))
+"""A node that has nothing on disk, of a run that begins with weights from elsewhere."""
+
+
+def test_who_lacks_the_initial_weights_gets_them_before_it_trains_and_keeps_them_on_disk() -> None:
+    rig = Rig(own=NOTHING, run=0, peers={"n0": everything(0)}, settings=GIVEN, wrong={0, 1, 2})
+    rig.begin()
+    assert rig.fetched("state") == [(0, 0), (0, 1), (0, 2)]
+    assert rig.is_settled
+    assert told(rig.done, "training")[-1] == Begin(round=0)
+    assert [e.round for e in of(WriteSnapshot, rig.done)] == [0]
+
+
+def test_the_word_of_a_leader_that_lacks_the_initial_weights_does_not_count() -> None:
+    """Given a leader with other weights, when it says that they are the run's, then who has the right ones stays."""
+    rig = Rig(run=0, peers={"n0": everything(0)}, settings=GIVEN, disk=LedgerAt(snapshots=(0,)))
+    rig.give(ViewChanged(view=run_view(0, "n0")), RunAt(round=0, digest=NOTHING.digest))
+    assert rig.is_settled
+    assert not of(Fetch, rig.done)
+
+
+def test_a_leader_that_lacks_the_initial_weights_does_not_train_on_its_own() -> None:
+    rig = Rig(own=NOTHING, run=0, peers={}, settings=GIVEN)
+    rig.give(ViewChanged(view=view(5, full_member("me"))), RunAt(round=0, digest=NOTHING.digest))
+    for _ in range(20):
+        rig.wait()
+    assert not [e for e in told(rig.done, "training") if isinstance(e, Begin)]
+    assert facts(StateDiverged, rig.done)
+
+
+@pytest.mark.parametrize("snapshot", [0, 4])
+def test_who_lacks_the_initial_weights_of_a_run_that_went_on_begins_with_a_snapshot(snapshot: int) -> None:
+    """Given all means since the beginning, which are fewer bytes, when it joins, then it does not begin with them."""
+    peers = {"n0": everything(7, snapshots=(snapshot,)), "n2": everything(7)}
+    rig = Rig(own=NOTHING, run=7, peers=peers, settings=GIVEN)
+    rig.begin()
+    assert rig.is_settled
+    assert sorted(rig.fetched("state")) == [(snapshot, c) for c in range(CHUNKS)]
+    assert [e.round for e in of(LoadSnapshot, rig.done)] == [snapshot]
+    assert [e.round for e in of(Advance, rig.done)] == [*range(snapshot, 7)]
+    assert not facts(StateMended, rig.done)
+
+
+def test_who_has_the_initial_weights_of_a_run_that_went_on_takes_the_means_alone() -> None:
+    rig = Rig(run=7, peers={"n0": everything(7, snapshots=(0,))}, settings=GIVEN, disk=LedgerAt(snapshots=(0,)))
+    rig.begin()
+    assert rig.is_settled
+    assert not rig.fetched("state")

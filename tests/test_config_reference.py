@@ -59,6 +59,7 @@ def test_the_reference_has_a_row_for_every_setting_in_a_table_for_every_section(
     assert [line for line in text.split("\n") if line.startswith("####")] == [
         "#### `[run]`",
         "#### `[run.round]`",
+        "#### `[run.llama]`",
         "#### `[run.inner]`",
         "#### `[run.outer]`",
         "#### `[run.exchange]`",

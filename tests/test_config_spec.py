@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "e2fba7a26300d34639d0df617ca47e4216ebf80ee3ecdd167537cef6370c6329"
+GOLDEN = "3c2aec26a5753358aaf92ee3d74e8a430d53434b0fb363e00e8632caf8b5779e"
 
 
 def run_of(text: str) -> RunSpec:

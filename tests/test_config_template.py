@@ -18,6 +18,7 @@ from prime_async.config.schema import (
     Config,
     ExchangeSettings,
     InnerSettings,
+    LlamaSettings,
     NodeSettings,
     OuterSettings,
     RoundSettings,
@@ -81,9 +82,20 @@ EXCHANGE: dict[str, st.SearchStrategy[Any]] = {
     "trim": st.integers(1, 2**15),
     "chunk_elements": st.integers(1, 2**18).map(lambda n: 256 * n),
 }
+LLAMA: dict[str, st.SearchStrategy[Any]] = {
+    "width": st.integers(1, 2**10).map(lambda n: 8 * n),
+    "layers": st.integers(1, 2**12),
+    "heads": st.sampled_from([2, 4]),
+    "kv_heads": st.sampled_from([1, 2]),
+    "ffn_width": st.integers(1, 2**22),
+    "rope_theta": st.floats(1e-3, 1e9),
+    "norm_eps": st.floats(1e-9, 1),
+    "tied_embeddings": st.booleans(),
+}
 RUN: dict[str, st.SearchStrategy[Any]] = {
     "name": st.text("abcXYZ019_.-", min_size=1, max_size=64),
     "model": identifiers | factories,
+    "initial_digest": st.just("") | hexadecimal,
     "data": st.sampled_from(["shakespeare", "tokens"]) | factories,
     "data_digest": st.just("") | hexadecimal,
     "vocab_size": st.integers(0, 2**24),
@@ -97,6 +109,7 @@ RUN: dict[str, st.SearchStrategy[Any]] = {
     "heartbeat_s": st.floats(1e-3, 100),
     "failure_timeout_s": st.floats(201, 3600),
     "straggler_timeout_s": st.floats(0, 86_400),
+    "llama": st.builds(LlamaSettings, **LLAMA),
     "inner": st.builds(InnerSettings, **INNER),
     "outer": st.builds(OuterSettings, **OUTER),
     "exchange": st.builds(ExchangeSettings, **EXCHANGE),
@@ -140,6 +153,8 @@ def configs(draw: st.DrawFn) -> Config:
     run |= {"name": run.get("name", "x")}
     if run.get("heartbeat_s", 1.0) > 4:
         run |= {"failure_timeout_s": run.get("failure_timeout_s", 300.0)}
+    if "llama" in run:
+        run |= {"model": "llama"}
     if run.get("data") == "tokens":
         node |= {"data_path": node.get("data_path") or Path("t")}
     else:
@@ -158,6 +173,7 @@ def configs(draw: st.DrawFn) -> Config:
         (OuterSettings, OUTER),
         (RoundSettings, ROUND),
         (ExchangeSettings, EXCHANGE),
+        (LlamaSettings, LLAMA),
         (RunSpec, RUN),
         (NodeSettings, NODE),
     ],

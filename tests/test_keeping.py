@@ -25,6 +25,15 @@ def test_a_snapshot_that_is_there_is_not_due() -> None:
     assert not TEN.is_due(10, 0, disk(10, means=range(10)))
 
 
+def test_initial_weights_from_elsewhere_are_written_too_since_they_cannot_be_made_anew() -> None:
+    given = Keeping(every=10, snapshots=2, rounds=20, given=True)
+    assert given.is_due(0, 0, disk())
+    assert not given.is_due(0, 0, disk(0))
+    assert [r for r in range(1, 21) if given.is_due(r, 0, disk(0, means=range(r)))] == [10, 20]
+    assert given.is_due(3, 0, disk(means=range(3))), "the means alone lead nowhere"
+    assert given.what_goes(40, 0, disk(0, 10, 20, means=range(40))) == Keep(snapshots=(10, 20), means_from=10)
+
+
 def test_without_snapshots_none_is_due() -> None:
     never = Keeping(every=0, snapshots=2, rounds=20)
     assert not any(never.is_due(r, 0, disk(means=range(r))) for r in range(50))

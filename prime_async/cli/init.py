@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,10 +42,21 @@ def init(
     set_
         A setting other than its default, as TOML: run.model="llama-10m" or node.port=7800. Can be repeated.
     """
-    config = _configuration(join, set_)
+    write_node(directory, configuration(join, set_))
+    return 0
+
+
+def refuse_to_overwrite(directory: Path) -> Path:
+    """Where the TOML file goes. Raises :class:`ConfigError` if one is there."""
     path = directory / CONFIG_FILE
     if path.exists():
         raise ConfigError([f"{path}: is already there: choose another directory, or move it away"])
+    return path
+
+
+def write_node(directory: Path, config: Config) -> None:
+    """Write the TOML file, a key and an empty list of others', and say what to do next."""
+    path = refuse_to_overwrite(directory)
     directory.mkdir(parents=True, exist_ok=True)
     key = write_key_file(directory / KEY_FILE)
     allow_file = directory / ALLOW_FILE
@@ -55,19 +67,18 @@ def init(
     say = Console(soft_wrap=True, highlight=False, markup=False).print
     say(f"Wrote {path}, {directory / KEY_FILE} and {allow_file}.")
     say(f"This node's public key:\n\n  {key.id}\n")
-    if join:
+    if config.node.join:
         say("Ask whoever runs a member you join to add that key to their allowed-keys.txt. Then, here:\n")
     else:
         say("Others join with this line, on their machine:\n")
         say(f"  {_join_line(key.id, config)}\n")
         say(f"and you let each of them in by adding the key it prints to {allow_file}. Then, here:\n")
     say(f"  prime-async check {path}\n  prime-async run {path}")
-    return 0
 
 
-def _configuration(join: tuple[str, ...], assignments: tuple[str, ...]) -> Config:
-    """The defaults, with what the command line sets."""
-    data: dict[str, Any] = {"run": {"name": "my-run"}, "node": {"allow_file": ALLOW_FILE}}
+def configuration(join: tuple[str, ...], assignments: tuple[str, ...], run: Mapping[str, Any] | None = None) -> Config:
+    """The defaults, with what ``run`` and then the command line sets."""
+    data: dict[str, Any] = {"run": {"name": "my-run", **(run or {})}, "node": {"allow_file": ALLOW_FILE}}
     if join:
         data["node"]["join"] = list(join)
     for text in assignments:

@@ -181,14 +181,14 @@ def _machine(config: Config) -> Iterator[Finding]:
 
 
 def _memory(config: Config, vocab_size: int, on_device: int, on_host: int, is_cuda: bool) -> Iterator[Finding]:
-    from prime_async.work.sizes import estimate_memory, named_size
+    from prime_async.work.sizes import estimate_memory, run_size
 
     run, node = config.run, config.node
     if ":" in run.model:
         yield _warning("memory", f"{run.model}: how much memory your own model needs is not known here", "")
         return
     try:
-        size = named_size(run.model, vocab_size)
+        size = run_size(run, vocab_size)
     except PrimeAsyncError as error:
         yield _problem("model", str(error), "set run.model to a named size, or to package.module:factory")
         return
@@ -205,7 +205,7 @@ def _memory(config: Config, vocab_size: int, on_device: int, on_host: int, is_cu
 
 
 def _disk(config: Config, vocab_size: int) -> Iterator[Finding]:
-    from prime_async.work.sizes import named_size, parameter_count
+    from prime_async.work.sizes import parameter_count, run_size
 
     place = config.node.directory
     while not place.exists():
@@ -213,7 +213,7 @@ def _disk(config: Config, vocab_size: int) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
     if ":" in config.run.model:
         return
-    needed = 2 * 8 * parameter_count(named_size(config.run.model, vocab_size))  # the new file beside the old one
+    needed = 2 * 8 * parameter_count(run_size(config.run, vocab_size))  # the new file beside the old one
     text = f"{config.node.directory}: about {needed / MIB:,.0f} MiB needed, {free / MIB:,.0f} MiB free"
     fix = "free some space, or set node.directory to another disk"
     yield _good("disk", text) if needed <= free else _problem("disk", text, fix)

@@ -227,6 +227,27 @@ class ExchangeSettings(Settings):
         return "sparse" if self.codec == "topk" else self.codec
 
 
+class LlamaSettings(Settings):
+    """The shape of the model where run.model is "llama". `prime-async import` writes it."""
+
+    width: Annotated[int, Field(ge=0, le=2**20, description="elements of a token's vector; 0: a named size")] = 0
+    layers: Annotated[int, Field(ge=0, le=2**12, description="layers; 0: a named size")] = 0
+    heads: Annotated[
+        int, Field(ge=0, le=2**12, description="heads of attention, which divide width; 0: a named size")
+    ] = 0
+    kv_heads: Annotated[
+        int, Field(ge=0, le=2**12, description="heads of keys and values, which divide heads; 0: a named size")
+    ] = 0
+    ffn_width: Annotated[
+        int, Field(ge=0, le=2**22, description="elements between the matrices of an MLP; 0: a named size")
+    ] = 0
+    rope_theta: Annotated[float, Field(gt=0, description="base of the rotary positions' wavelengths")] = 10_000.0
+    norm_eps: Annotated[float, Field(gt=0, le=1, description="added to the mean square in RMSNorm")] = 1e-5
+    tied_embeddings: Annotated[
+        bool, Field(description="the output matrix is that of the tokens' vectors, and not one of its own")
+    ] = False
+
+
 class RunSpec(Settings):
     """Every setting that must be equal on all nodes. Their digest is the run id."""
 
@@ -246,10 +267,20 @@ class RunSpec(Settings):
             min_length=1,
             max_length=256,
             pattern=r"^[A-Za-z0-9._-]+(:[A-Za-z0-9._]+)?$",
-            description='a named size, or "package.module:factory" for one of your own',
+            description='a named size, "llama" for one of the shape in run.llama, or "package.module:factory" for one '
+            "of your own",
             json_schema_extra=_words('a name such as "llama-1m", or "package.module:factory"'),
         ),
     ] = "llama-1m"
+    initial_digest: Annotated[
+        str,
+        Field(
+            pattern=r"^([0-9a-f]{64})?$",
+            description="digest of the outer state that the run begins with, if `prime-async import` made it of "
+            'weights from elsewhere: who has it not gets it from a member; "": the weights follow from the seed',
+            json_schema_extra=_words('64 lower-case hexadecimal digits, or ""'),
+        ),
+    ] = ""
     data: Annotated[
         str,
         Field(
@@ -322,6 +353,7 @@ class RunSpec(Settings):
             "the run. 0: for ever"
         ),
     ] = 300.0
+    llama: LlamaSettings = LlamaSettings()
     inner: InnerSettings = InnerSettings()
     outer: OuterSettings = OuterSettings()
     exchange: ExchangeSettings = ExchangeSettings()
@@ -590,6 +622,21 @@ def _decay_begins_after_warmup(config: Config) -> str | None:
     )
 
 
+def _shape_belongs_to_llama(config: Config) -> str | None:
+    run, shape = config.run, config.run.llama
+    if run.model != "llama":
+        return None if shape == LlamaSettings() else f'expected no [run.llama], since run.model is "{run.model}"'
+    numbers = {name: getattr(shape, name) for name in ("width", "layers", "heads", "kv_heads", "ffn_width")}
+    missing = [f"run.llama.{name}" for name, number in numbers.items() if number == 0]
+    if missing:
+        return f'run.model = "llama" needs {", ".join(missing)}: numbers of at least 1'
+    if shape.width % shape.heads or (shape.width // shape.heads) % 2:
+        return f"expected an even multiple of run.llama.heads ({shape.heads}), got {shape.width}"
+    if shape.heads % shape.kv_heads:
+        return f"run.llama.kv_heads: expected a divisor of run.llama.heads ({shape.heads}), got {shape.kv_heads}"
+    return None
+
+
 def _digest_belongs_to_tokens(config: Config) -> str | None:
     if not config.run.data_digest or config.run.data == "tokens":
         return None
@@ -652,6 +699,10 @@ RULES: Final = (
     Rule(
         ("run.inner.decay_share", "run.inner.warmup_steps", "run.inner.total_steps", "run.inner.schedule"),
         _decay_begins_after_warmup,
+    ),
+    Rule(
+        ("run.llama.width", "run.model", "run.llama"),
+        _shape_belongs_to_llama,
     ),
     Rule(("run.data_digest", "run.data"), _digest_belongs_to_tokens),
     Rule(("node.data_path", "run.data", "node.witness", "run.vocab_size"), _tokens_have_a_file),

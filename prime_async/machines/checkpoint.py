@@ -10,6 +10,8 @@ The rules:
   takes the outer steps one after the other. It fetches the means that it missed, as long as members have them; or a
   snapshot with the means since, if that is fewer bytes, or its own state is of another history. Rounds that pass in the
   meantime are means to fetch like all others.
+* A run may begin with a state that comes from elsewhere, whose digest (``initial``) all nodes know: above it nobody's
+  word counts. Who has it not gets it from a member, and does not begin with the means of the first rounds alone.
 * A node whose state is at the run's round, and another, fetches the digests of all chunks, and then the chunks that
   differ. What it takes steps with meanwhile goes wrong in the same chunks alone.
 * Means that are on disk, and prove to be those of the newest commit, are not fetched.
@@ -90,7 +92,8 @@ class CheckpointSettings(Struct, frozen=True, kw_only=True):
 
     ``state_bytes``: of all chunks. ``fragments``: a round exchanges one of so many.
 
-    ``window``: gets under way from each member. ``keep_snapshots`` is at least 1.
+    ``window``: gets under way from each member. ``keep_snapshots`` is at least 1. ``initial``: the digest of the state
+    that the run begins with, if that comes from elsewhere; empty: every node begins with it.
     """
 
     me: str
@@ -104,6 +107,7 @@ class CheckpointSettings(Struct, frozen=True, kw_only=True):
     snapshot_every: int = 10
     keep_snapshots: int = 2
     keep_rounds: int = 20
+    initial: bytes = b""
 
 
 @dataclass(slots=True)
@@ -158,7 +162,8 @@ class Checkpoint:
         self.providers = Providers(me=s.me, window=s.window, pause_s=5 * s.ask_again_s)
         self.download = Download(providers=self.providers, timeout_s=s.fetch_timeout_s)
         self.catch_up = CatchUp(download=self.download, records=Records(Fragments(s.chunk_count, s.fragments)))
-        self.keeping = Keeping(every=s.snapshot_every, snapshots=s.keep_snapshots, rounds=s.keep_rounds)
+        given = s.initial != b""
+        self.keeping = Keeping(every=s.snapshot_every, snapshots=s.keep_snapshots, rounds=s.keep_rounds, given=given)
 
     # --- the one way in -----------------------------------------------------------------------------------------
 
@@ -170,7 +175,8 @@ class Checkpoint:
             case LedgerAt():
                 self.disk = event
                 self._see()
-                if self.own is not None and not leads_to(self.own.round, self.floor, self.disk, self.seen):
+                given = self.keeping.given
+                if self.own is not None and not leads_to(self.own.round, self.floor, self.disk, self.seen, given):
                     self._write_if_due(out)
                 self._tidy(out)
             case ViewChanged(view=view):
@@ -178,7 +184,7 @@ class Checkpoint:
                 self.providers.see(view)
                 self.download.leave_the_gone(out)
             case RunAt():
-                self.run = event
+                self.run = replace(event, digest=self.settings.initial or event.digest) if event.round == 0 else event
                 if self.phase == "starting" or not (self._is_right or self._is_next):
                     self._begin(now)
             case FetchState():
@@ -240,6 +246,8 @@ class Checkpoint:
     def _expected(self, round: int) -> bytes | None:
         """The digest of the run's state after ``round`` rounds, as far as it is known."""
         record, commit = self.catch_up.records.linked(round), self._commit
+        if round == 0 and self.settings.initial:
+            return self.settings.initial
         if record is not None:
             return record.commit.state
         if commit is not None and commit.round == round:
@@ -403,8 +411,14 @@ class Checkpoint:
     @property
     def _snapshots(self) -> list[int]:
         """Of the rounds of the run's history; of the last only if it is known what it must be."""
-        goal = self._goal
-        return [s for s in self.providers.snapshots if 0 < s < goal or (s == goal > 0 and self._is_known(s))]
+        goal, first = self._goal, 0 if self.settings.initial else 1
+        return [s for s in self.providers.snapshots if first <= s < goal or (s == goal > 0 and self._is_known(s))]
+
+    @property
+    def _lacks_the_initial(self) -> bool:
+        """Whether our state is none that the run went through, since it never began with the right one."""
+        own, initial = self.own, self.settings.initial
+        return own is not None and own.round == 0 and initial not in (b"", own.digest)
 
     def _is_known(self, round: int) -> bool:
         """Whether it is known what the outer state after ``round`` rounds must be."""
@@ -412,7 +426,7 @@ class Checkpoint:
 
     def _is_possible(self, base: tuple[str, int]) -> bool:
         kind, round = base
-        if kind == "own" and self.stranger:
+        if kind == "own" and (self.stranger or self._lacks_the_initial):
             return False
         here = self.catch_up.snapshot_stored and self.catch_up.snapshot == round
         if kind == "snapshot" and not here and not self.providers.somebody_has(manifest_key(round)):

@@ -7,6 +7,7 @@ The rules:
 * The newest ``keep_snapshots`` snapshots are kept, and the means of the last ``keep_rounds`` rounds; and in any case
   all means since the oldest snapshot that is kept, or since the beginning while there is none: so a snapshot, or the
   initial weights, with the means since always give the newest state.
+* Initial weights that came from elsewhere, and cannot be made anew, are written to disk too, as a snapshot.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ WRITES_BEHIND = 2
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """See the module's rules. ``every`` 0: no snapshots but the last."""
+    """See the module's rules. ``every`` 0: no snapshots but the last. ``given``: the initial weights are."""
 
     every: int
     snapshots: int
     rounds: int
+    given: bool = False
 
     def is_due(self, round: int, floor: int, disk: LedgerAt, seen: int = -1) -> bool:
         """Whether a snapshot of the outer state after ``round`` rounds is to be written."""
-        if round == 0 or round in disk.snapshots:
+        if round in disk.snapshots:
             return False
-        return (self.every > 0 and round % self.every == 0) or not leads_to(round, floor, disk, seen)
+        if round == 0:
+            return self.given
+        return (self.every > 0 and round % self.every == 0) or not leads_to(round, floor, disk, seen, self.given)
 
     def what_goes(self, round: int, floor: int, disk: LedgerAt) -> Keep | None:
         """What to keep, if that is not all. The outer state is that after ``round`` rounds.
@@ -45,17 +49,18 @@ class Keeping:
         return Keep(snapshots=kept, means_from=means_from)
 
 
-def leads_to(round: int, floor: int, disk: LedgerAt, seen: int = -1) -> bool:
+def leads_to(round: int, floor: int, disk: LedgerAt, seen: int = -1, given: bool = False) -> bool:
     """Whether a snapshot, or the initial weights, and the means since make the outer state after ``round`` rounds.
 
     Those of the last rounds may still be on their way to the disk, but for those up to ``seen``, which were there; and
-    where nothing ever was, nothing is to be kept.
+    where nothing ever was, nothing is to be kept. Initial weights that are ``given`` are there only if a snapshot of
+    them is.
     """
     if not disk.snapshots and not disk.means and seen < 0:
         return True
     snapshots = [s for s in disk.snapshots if floor <= s <= round]
     first = max(snapshots, default=0)
-    if floor > 0 and not snapshots:
+    if (floor > 0 or given) and not snapshots:
         return False
     return {*range(first, max(round - WRITES_BEHIND, min(seen + 1, round)))} <= {*disk.means}
 

@@ -12,6 +12,7 @@ from prime_async.audit import AuditFolder
 from prime_async.config.contact import Contact
 from prime_async.config.schema import Config, NodeSettings
 from prime_async.config.spec import flatten, run_id
+from prime_async.errors import ConfigError
 from prime_async.ledger import Ledger
 from prime_async.log import MachineSettings
 from prime_async.machines.ballot import Ballot
@@ -85,6 +86,23 @@ def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolde
 def record_path(config: Config, node_id: str) -> Path | None:  # noqa: ARG001
     """Where the node writes its message log, if it is to. The pytest plugin puts another in its place, by node."""
     return config.node.record
+
+
+def check_beginning(config: Config, round: int, digest: bytes, ballot: Ballot | None) -> None:
+    """That there is something to begin with: a state of ``digest`` after ``round`` rounds, or members that have one.
+
+    Raises :class:`ConfigError` if there is not.
+    """
+    run, node = config.run, config.node
+    if round > 0 or run.initial_digest in ("", digest.hex()) or node.join:
+        return
+    if ballot is None or ballot.view is None or len(ballot.view.members) == 1:
+        raise ConfigError(
+            [
+                f"run.initial_digest: the run begins with weights that are not in {node.directory}: write them there "
+                "with `prime-async import`, or name members that have them as node.join"
+            ]
+        )
 
 
 def catch_up_window(workload: Workload) -> int:
@@ -171,6 +189,7 @@ def machine_settings(
             snapshot_every=node.snapshot_every if workload.spans else 0,
             keep_snapshots=node.keep_snapshots,
             keep_rounds=node.keep_rounds,
+            initial=bytes.fromhex(run.initial_digest) if workload.spans else b"",
         ),
         training=TrainingSettings(
             me=me.id,

@@ -67,6 +67,7 @@ from prime_async.node.allow import AllowList
 from prime_async.node.build import (
     allow_list,
     audit_folder,
+    check_beginning,
     data_stream,
     machine_settings,
     node_ledger,
@@ -306,7 +307,9 @@ class Node:
                 fact = LedgerRestored(round=restored.round, snapshot=restored.snapshot, inner=inner, seconds=seconds)
                 self._report(fact)
         self._keeper.tip, self._keeper.served_round = self._restored.tip, self._restored.round
-        return await trio.to_thread.run_sync(self._ballots.load)
+        ballot = await trio.to_thread.run_sync(self._ballots.load)
+        check_beginning(self.config, self._restored.round, self._restored.digest, ballot)
+        return ballot
 
     async def _save_last(self) -> None:
         with trio.CancelScope(shield=True):

@@ -12,13 +12,16 @@ from prime_async.errors import ConfigError
 from prime_async.work.corpus import Corpus, TokenCorpus, open_shakespeare
 from prime_async.work.device import Device, set_threads
 from prime_async.work.inner import InnerTrainer
-from prime_async.work.llama import build_llama
-from prime_async.work.sizes import named_size
+from prime_async.work.llama import build_llama, empty_llama
+from prime_async.work.sizes import run_size
 from prime_async.work.tokens import TokenFile
 
 
 def build_model(run: RunSpec, vocab_size: int) -> nn.Module:
     """The model of ``[run] model``, on the host, with fresh weights that depend on the run spec alone.
+
+    Of a run that begins with weights from elsewhere (``run.initial_digest``) they are zeros: the right ones come from
+    the node's directory, or from a member.
 
     "package.module:factory" names a callable ``(run, vocab_size) -> torch.nn.Module`` whose forward takes tokens
     ``(B, T)`` int64 to logits ``(B, T, V)``, with fp32 parameters. All nodes must get the same initial weights from
@@ -27,7 +30,8 @@ def build_model(run: RunSpec, vocab_size: int) -> nn.Module:
     Raises :class:`~prime_async.errors.ConfigError`; what the factory itself raises comes through.
     """
     if ":" not in run.model:
-        return build_llama(named_size(run.model, vocab_size), run.seed)
+        size = run_size(run, vocab_size)
+        return empty_llama(size) if run.initial_digest else build_llama(size, run.seed)
     model = load_callable("model", run.model)(run, vocab_size)
     if not isinstance(model, nn.Module):
         raise _wrong_return("model", run.model, model, "a torch.nn.Module")

@@ -234,6 +234,16 @@ def build_llama(config: LlamaConfig, seed: int) -> Llama:
     return model
 
 
+def empty_llama(config: LlamaConfig) -> Llama:
+    """A Llama on the host whose weights are all zero."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.detach().zero_()
+    return model
+
+
 def load_llama(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Llama:
     """A Llama whose parameters are ``weights`` themselves, by name: no copy is made.
 

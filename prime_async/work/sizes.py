@@ -64,6 +64,27 @@ def named_size(name: str, vocab_size: int | None = None) -> LlamaConfig:
     return config if vocab_size is None else replace(config, vocab_size=vocab_size)
 
 
+def run_size(run: RunSpec, vocab_size: int) -> LlamaConfig:
+    """The shape of a run's Llama, by its name or number by number, with the vocabulary of the data.
+
+    Raises :class:`~prime_async.errors.ConfigError` if ``run.model`` is neither.
+    """
+    if run.model != "llama":
+        return named_size(run.model, vocab_size)
+    shape = run.llama
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        ffn_width=shape.ffn_width,
+        rope_theta=shape.rope_theta,
+        norm_eps=shape.norm_eps,
+        tied_embeddings=shape.tied_embeddings,
+    )
+
+
 def llama_shape(run: RunSpec, weights: Mapping[str, Tensor]) -> LlamaConfig:
     """The shape of the Llama that ``weights``, by the parameters' names, are of, trained by ``run``.
 
@@ -72,7 +93,7 @@ def llama_shape(run: RunSpec, weights: Mapping[str, Tensor]) -> LlamaConfig:
     table = weights.get(EMBEDDING)
     if ":" in run.model or table is None:
         raise ConfigError([f'[run] model = "{run.model}": a model of your own, not a Llama: its code alone knows it'])
-    return named_size(run.model, len(table))
+    return run_size(run, len(table))
 
 
 def parameter_count(config: LlamaConfig) -> int:
