@@ -30,6 +30,7 @@ from prime_async.work.llama import LlamaConfig, build_llama, load_llama
 from prime_async.work.tokenizer import BYTES, byte_tokenizer
 from tests.test_readme import block
 
+pytestmark = pytest.mark.xdist_group("real time")
 LIMIT_S = 60.0
 SHAPE = LlamaConfig(
     vocab_size=300, width=32, layers=2, heads=4, kv_heads=2, ffn_width=48, rope_theta=500.0, norm_eps=1e-3, init_std=0.3
