@@ -15,28 +15,23 @@ before them, with the vector already there.
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
-import trio
 
-from prime_async.actors.groups import single_errors
 from prime_async.bench.figures import Timing, WorkerReport, WorkerSpec
 from prime_async.bench.journal import mean_of
-from prime_async.errors import EnvironmentFault
+from prime_async.bench.workers import Worker, reports_of, worker_process
 from prime_async.transport.keys import write_key_file
 
 FP32_BYTES = 4
-GRACE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +51,8 @@ class ExchangeBench:
 async def measure(bench: ExchangeBench, encrypt: bool) -> dict[str, Any]:
     """The figures of one group, as ``prime-async bench exchange --json`` prints them.
 
-    Raises :class:`EnvironmentFault` if a process ends badly; then, and on cancellation, no process is left.
+    Raises :class:`~prime_async.errors.EnvironmentFault` if a process ends badly; then, and on
+    cancellation, no process is left.
     """
     with TemporaryDirectory(prefix="prime-async-bench-") as directory:
         reports = await _reports(bench, encrypt, Path(directory))
@@ -68,9 +64,8 @@ async def _reports(bench: ExchangeBench, encrypt: bool, directory: Path) -> list
     for home in homes:
         home.mkdir()
     ids = tuple(write_key_file(home / "node.key").id for home in homes)
-    reports: dict[int, WorkerReport] = {}
     async with AsyncExitStack() as stack:
-        processes: list[trio.Process] = []
+        workers: list[Worker] = []
         for rank in range(bench.nodes):
             spec = WorkerSpec(
                 rank=rank,
@@ -82,51 +77,11 @@ async def _reports(bench: ExchangeBench, encrypt: bool, directory: Path) -> list
                 directory=str(directory),
                 ids=ids,
             )
-            processes.append(await stack.enter_async_context(_worker(spec, homes[rank] / "stderr")))
-        with single_errors():
-            async with trio.open_nursery() as nursery:
-                for rank, process in enumerate(processes):
-                    nursery.start_soon(_read_report, rank, process, homes[rank] / "stderr", reports)
-    return [reports[rank] for rank in range(bench.nodes)]
-
-
-@asynccontextmanager
-async def _worker(spec: WorkerSpec, log: Path) -> AsyncIterator[trio.Process]:
-    """A process that ends with the block, and with us: its stdin is our pipe."""
-    with log.open("wb") as stderr:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "prime_async.bench.worker", msgspec.json.encode(spec).decode()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            start_new_session=True,  # Ctrl-C is ours to pass on
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
-        )
-    try:
-        yield process
-    finally:
-        with trio.CancelScope(shield=True):
-            assert process.stdin is not None
-            await process.stdin.aclose()
-            with trio.move_on_after(GRACE_S):
-                await process.wait()
-            if process.poll() is None:
-                process.kill()
-                await process.wait()
-
-
-async def _read_report(rank: int, process: trio.Process, log: Path, reports: dict[int, WorkerReport]) -> None:
-    assert process.stdout is not None
-    output = b"".join([data async for data in process.stdout])
-    if await process.wait() != 0:
-        raise EnvironmentFault(
-            f"process {rank} of the benchmark ended with exit status {process.returncode}. Its last words:\n{_end(log)}"
-        )
-    reports[rank] = msgspec.json.decode(output.splitlines()[-1], type=WorkerReport)
-
-
-def _end(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+            words = [sys.executable, "-m", "prime_async.bench.worker", msgspec.json.encode(spec).decode()]
+            environment = {"GLOO_SOCKET_IFNAME": "lo"}
+            worker = worker_process(rank, words, homes[rank] / "stderr", environment)
+            workers.append(await stack.enter_async_context(worker))
+        return [msgspec.json.decode(report, type=WorkerReport) for report in await reports_of(workers)]
 
 
 def _figures(bench: ExchangeBench, reports: Sequence[WorkerReport]) -> dict[str, Any]:

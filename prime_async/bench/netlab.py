@@ -19,7 +19,6 @@ import json
 import os
 import random
 import select
-import shlex
 import shutil
 import signal
 import struct
@@ -36,6 +35,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 SUBNET: Final = bytes([10, 77, 0])
+NETWORK: Final = "10.77.0.0"
 PREFIX: Final = "primelab"
 BATCH: Final = 64
 """Packets of one host that the switch takes before it looks at the others."""
@@ -86,7 +86,7 @@ class Links:
     loss_percent: float = 0.0  # of packets
     queue_ms: float = 200.0  # of packets that a link holds before it drops
     mtu: int = 1500
-    congestion: str = "reno"  # TCP's control of it: every Linux has this one, whatever its own default is
+    congestion: str = "reno"  # TCP's control of it: every Linux has this one, whatever its default; also cubic, bbr
     seed: int = 0
 
 
@@ -228,8 +228,8 @@ def _make_host(lab: str, host: int, links: Links) -> int:
     _ip("-n", name, "link", "set", "lo", "up")
     _ip("-n", name, "addr", "add", f"{address(host)}/24", "dev", device)
     _ip("-n", name, "link", "set", device, "mtu", str(links.mtu), "txqueuelen", "1000", "up")
-    setting = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-    _ip("netns", "exec", name, "sh", "-c", f"echo {shlex.quote(links.congestion)} > {setting}")
+    # By route: as a host's default, a namespace may choose those alone that the system allows to everybody.
+    _ip("-n", name, "route", "replace", f"{NETWORK}/24", "dev", device, "congctl", links.congestion)
     return tun
 
 

@@ -211,7 +211,7 @@ def _config(
 async def _until_steps(node: Child, steps: int) -> None:
     with _patience():
         await node.until(lambda: node.meter.inner_steps >= steps or node.has_ended)
-    _still_here(node)
+    still_here(node)
 
 
 async def _until_together(nodes: Sequence[Child], rounds: int) -> int:
@@ -219,7 +219,7 @@ async def _until_together(nodes: Sequence[Child], rounds: int) -> int:
     for node in nodes:
         with _patience():
             await node.until(lambda: len(_with_work(node)) >= rounds or node.has_ended)  # noqa: B023  (awaited here)
-        _still_here(node)
+        still_here(node)
     last = max(_with_work(node)[rounds - 1].round for node in nodes)
     await _until_round(nodes, last)
     return last
@@ -235,14 +235,14 @@ async def _until_round(nodes: Sequence[Child], round: int) -> None:
             with _patience():
                 done = len(node.told(RoundFinished))
                 await node.until(lambda: len(node.told(RoundFinished)) > done or node.has_ended)  # noqa: B023
-            _still_here(node)
+            still_here(node)
 
 
 def _patience() -> AbstractContextManager[object]:
     return trio.fail_after(STALL_S)
 
 
-def _still_here(node: Child) -> None:
+def still_here(node: Child) -> None:
     if node.has_ended:
         raise EnvironmentFault(f"node {node.name} ended:\n{node.error_output}")
 

@@ -7,16 +7,13 @@ returns, encoding, plan, transfers, reduction, commit and the outer step are tho
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import msgspec
-import structlog
 import torch
 import torch.distributed as dist
 import trio
@@ -26,6 +23,8 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from prime_async.bench import data, proc
 from prime_async.bench.figures import Exchanged, Timing, WorkerReport, WorkerSpec
 from prime_async.bench.journal import Journal, JournalTransport
+from prime_async.bench.workers import begin_worker
+from prime_async.bench.workers import report as write_report
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
 from prime_async.node import open_node
@@ -33,7 +32,7 @@ from prime_async.node.build import allow_list, open_transport
 from prime_async.transport.base import Traffic
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.chunks import Chunks
-from prime_async.work.codec import make_codec
+from prime_async.work.codec import Codec, make_codec
 from prime_async.work.workload import Reduction, StepReport
 
 UNTIMED_ROUNDS = 2
@@ -44,8 +43,10 @@ GROUP_TIMEOUT = timedelta(seconds=120)
 class BenchWorkload(BufferWorkload):
     """A vector to average, whose inner steps are ``between``, and whose pieces of work are written down."""
 
-    def __init__(self, values: Tensor, chunk_elements: int, journal: Journal, between: Callable[[], None]) -> None:
-        super().__init__(values, chunk_elements, make_codec("int8"))
+    def __init__(
+        self, values: Tensor, chunk_elements: int, journal: Journal, between: Callable[[], None], codec: Codec
+    ) -> None:
+        super().__init__(values, chunk_elements, codec)
         self._journal = journal
         self._between = between
         self.ended_at = 0.0
@@ -102,7 +103,9 @@ class Rounds:
         self.peak_memory_bytes = 0
         self.traffic = Traffic()  # the node's counters, once it is open
         # All nodes begin with the same outer state, as in a real run; the vectors to average are filled in later.
-        self.workload = BenchWorkload(torch.zeros(spec.elements), spec.chunk_elements, self.journal, self.between)
+        self.workload = BenchWorkload(
+            torch.zeros(spec.elements), spec.chunk_elements, self.journal, self.between, make_codec("int8")
+        )
         self._source = torch.empty(spec.elements)
         data.fill(self._source, self.chunks, spec.rank)
         self._begun = 0
@@ -201,29 +204,16 @@ async def _run(spec: WorkerSpec, store: Store) -> WorkerReport:
     )
 
 
-def _end_with_parent() -> None:
-    """stdin is a pipe of whoever started us, and ends when it does. At once: a collective cannot be cancelled."""
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(1)
-
-
 def main() -> None:
     """Measure, and report."""
     spec = msgspec.json.decode(sys.argv[1], type=WorkerSpec)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger("warning"),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    begin_worker()
     torch.set_num_threads(1)
     store = FileStore(str(Path(spec.directory) / "group"), spec.nodes)
     dist.init_process_group("gloo", store=store, rank=spec.rank, world_size=spec.nodes, timeout=GROUP_TIMEOUT)
     report = trio.run(_run, spec, PrefixStore("bench", store))
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(report) + b"\n")
-    sys.stdout.flush()
+    write_report(msgspec.json.encode(report))
 
 
 if __name__ == "__main__":

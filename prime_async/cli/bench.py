@@ -23,6 +23,8 @@ from prime_async.cli.demo_report import size
 
 app = App(name="bench", help="Measure this program on this machine.")
 app.command("prime_async.cli.bench_overlap:overlap", name="overlap")
+app.command("prime_async.cli.bench_links:links", name="links")
+app.command("prime_async.cli.bench_bytes:bytes_", name="bytes")
 
 
 @app.command
