@@ -25,6 +25,10 @@ MAX_HEADER_BYTES: Final = 1 << 16
 MAX_DEPTH: Final = 8
 DIGEST_BYTES: Final = 32
 
+MAX_ROUND_TIMES: Final = 3
+MAX_ROSTER_ENTRIES: Final = 64
+MAX_DEPARTED: Final = 16
+
 MAX_TOKENS: Final = 2**47 - 1
 """Of one contribution: those of 65,536 members add up to less than 2^63."""
 
@@ -39,6 +43,8 @@ Bitmap: TypeAlias = Annotated[bytes, Meta(max_length=8192)]
 """A set of positions in a view's list of members: bit ``i % 8`` of byte ``i // 8`` stands for member ``i``."""
 Address: TypeAlias = Annotated[str, Meta(max_length=256)]
 Name: TypeAlias = Annotated[str, Meta(max_length=64)]
+Phase: TypeAlias = Annotated[str, Meta(max_length=16)]
+"""What a node is doing, in a word. Open, so that a later version can be doing something else."""
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
 
 
@@ -177,10 +183,48 @@ class Refuse(Struct, frozen=True, kw_only=True, tag_field="t", tag="refuse"):
     differences: Annotated[tuple[Text, ...], Meta(max_length=256)] = ()
 
 
+class RoundTimes(Struct, frozen=True, kw_only=True):
+    """How a node spent its time from the end of the round before to the end of ``round``, in milliseconds.
+
+    ``waiting_ms``: for others to be ready; ``exchange_ms``: for the means; both only as far as no inner step ran
+    meanwhile. ``other_ms`` is the rest: encoding, the outer step, measuring the held-out loss.
+    """
+
+    round: Count
+    training_ms: Count
+    waiting_ms: Count
+    exchange_ms: Count
+    other_ms: Count
+    tokens: Count
+
+
+class Figures(Struct, frozen=True, kw_only=True):
+    """How a node does, to be shown. Nothing is decided by it, and nothing in it is verified.
+
+    ``tokens``, ``sent_bytes``, ``received_bytes``, ``training_ms`` and ``elapsed_ms``: since it started; the share of
+    its time that it spent training is the quotient of the last two. Losses are in millionths of a nat per token (0: it
+    knows none); ``heldout_micronats``: of the outer weights after ``heldout_round`` rounds. ``rounds``: the last few.
+    """
+
+    phase: Phase
+    tokens: Count = 0
+    tokens_per_s: Count = 0
+    loss_micronats: Count = 0
+    heldout_round: Count = 0
+    heldout_micronats: Count = 0
+    sent_bytes: Count = 0
+    received_bytes: Count = 0
+    training_ms: Count = 0
+    elapsed_ms: Count = 0
+    snapshot_round: Count = 0
+    rounds: Annotated[tuple[RoundTimes, ...], Meta(max_length=MAX_ROUND_TIMES)] = ()
+
+
 class Heartbeat(Struct, frozen=True, kw_only=True, tag_field="t", tag="heartbeat"):
     """A member to the leader: alive, with the outer state after ``round`` rounds.
 
-    ``view``: the newest that it has stored, in ``epoch``: as good as an ``Accepted``.
+    ``view``: the newest that it has stored, in ``epoch``: as good as an ``Accepted``. ``figures``: if the leader's
+    last answer said that somebody watches.
     """
 
     incarnation: Count
@@ -189,13 +233,55 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag_field="t", tag="heartbeat
     round: Count
     state_digest: Digest
     inner_steps: Count = 0
+    figures: Figures | None = None
 
 
 class HeartbeatAck(Struct, frozen=True, kw_only=True, tag_field="t", tag="heartbeat_ack"):
-    """The leader of ``epoch`` to a heartbeat, and to all members when a view is decided: alive, ``view`` is decided."""
+    """The leader of ``epoch`` to a heartbeat, and to all members when a view is decided: alive, ``view`` is decided.
+
+    ``watched``: somebody wants to see how the members do, so the next heartbeats should say it.
+    """
 
     epoch: Count
     view: Count
+    watched: bool = False
+
+
+class AskRoster(Struct, frozen=True, kw_only=True, tag_field="t", tag="ask_roster"):
+    """A member that shows the run to people, to the leader: how do the members do, from position ``first`` on?"""
+
+    first: Count = 0
+
+
+class RosterEntry(Struct, frozen=True, kw_only=True):
+    """What the leader last heard of the member at ``position`` of the view, ``silent_ms`` ago."""
+
+    position: Count
+    round: Count
+    inner_steps: Count
+    silent_ms: Count
+    figures: Figures | None = None
+
+
+class Departed(Struct, frozen=True, kw_only=True):
+    """Who is not in ``view`` any more, the first that was without it; ``silent_ms`` 0: it said goodbye."""
+
+    id: NodeId
+    name: Name
+    view: Count
+    silent_ms: Count
+
+
+class Roster(Struct, frozen=True, kw_only=True, tag_field="t", tag="roster"):
+    """The answer to ``AskRoster``: of the 64 members of ``view`` from position ``first`` on, those that were heard.
+
+    ``departed``: the last few that went, the newest last.
+    """
+
+    view: Count
+    first: Count
+    entries: Annotated[tuple[RosterEntry, ...], Meta(max_length=MAX_ROSTER_ENTRIES)]
+    departed: Annotated[tuple[Departed, ...], Meta(max_length=MAX_DEPARTED)] = ()
 
 
 class Propose(Struct, frozen=True, kw_only=True, tag_field="t", tag="propose"):
@@ -452,7 +538,7 @@ class Holdings(Struct, frozen=True, kw_only=True, tag_field="t", tag="holdings")
 
 Message: TypeAlias = (
     Hello | Welcome | Redirect | Refuse | Heartbeat | HeartbeatAck | Propose | Accepted | AskView | ViewUpdate
-    | PreVote | Support | Prepare | Promise | Outvoted | Goodbye
+    | PreVote | Support | Prepare | Promise | Outvoted | Goodbye | AskRoster | Roster
     | AskRun | RunInfo | Vouch
     | Ready | Plan | Open | Ask | Held | Have | Behind
     | AskLedger | Holdings

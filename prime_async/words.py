@@ -18,7 +18,7 @@ from msgspec import Struct
 from prime_async import messages as m
 from prime_async.machines import vocabulary as v
 from prime_async.machines.ballot import Ballot
-from prime_async.machines.facts import Fact
+from prime_async.machines.facts import Fact, MemberSeen
 from prime_async.messages import ChunkInfo, ChunkKey, Commit, Member, Record, Turn, View, positions
 
 SHORT_BYTES: Final = 4
@@ -41,6 +41,7 @@ EVENTS: Final[Mapping[type[Struct], str]] = {
     v.CommitReady: "a quorum of view {view} holds the same means: {commit}",
     v.Weighed: "the chunks should be shared out as {weights}",
     v.Progress: "{inner_steps} inner steps are done",
+    v.Measured: "this node shows of itself: {figures}",
     v.AskAgain: "the state that the leader named is gone, so ask again",
     v.FetchState: "our outer state is not the run's, so fetch it",
     v.Begin: "the outer state after {round} rounds is the run's, so train on",
@@ -126,8 +127,10 @@ MESSAGES: Final[Mapping[type[Struct], str]] = {
     m.Welcome: "welcome to {view}; I have {round} rounds",
     m.Redirect: "ask {leader}, who leads, at {control}",
     m.Refuse: "refused ({reason}): {text}[; {differences}]",
-    m.Heartbeat: "alive in epoch {epoch}, view {view}, after {round} rounds with {state_digest}",
-    m.HeartbeatAck: "alive, epoch {epoch}, view {view} is decided",
+    m.Heartbeat: "alive in epoch {epoch}, view {view}, after {round} rounds with {state_digest}[; {figures}]",
+    m.HeartbeatAck: "alive, epoch {epoch}, view {view} is decided[; {watched}somebody watches]",
+    m.AskRoster: "how do the members do, from position {first} on?",
+    m.Roster: "of view {view}, from position {first} on, do: {entries}[; gone are {departed}]",
     m.Propose: "store view {number} of epoch {epoch}[: {change}]",
     m.Accepted: "view {number} of epoch {epoch} is on disk here",
     m.AskView: "send me view {number}",
@@ -266,6 +269,12 @@ class Words:
             case View():
                 return self._view(value)
             case Member():
+                return value.name or self.name(value.id)
+            case m.Figures():
+                return f"{value.phase}, {value.tokens} tokens"
+            case m.RosterEntry():
+                return f"{value.position} [{self.of_part(value.figures) if value.figures else 'not known'}]"
+            case m.Departed() | MemberSeen():
                 return value.name or self.name(value.id)
             case Ballot():
                 held = f", holds {self._view(value.view)}" if value.view else ""

@@ -71,6 +71,7 @@ from prime_async.machines.vocabulary import (
     ManifestRead,
     MeansCommitted,
     MeansStored,
+    Measured,
     Merged,
     Offended,
     Progress,
@@ -96,6 +97,7 @@ from prime_async.messages import (
     Accepted,
     Ask,
     AskLedger,
+    AskRoster,
     AskRun,
     AskView,
     Behind,
@@ -103,6 +105,8 @@ from prime_async.messages import (
     ChunkInfo,
     ChunkKey,
     Commit,
+    Departed,
+    Figures,
     Found,
     Get,
     Goodbye,
@@ -132,7 +136,10 @@ from prime_async.messages import (
     Record,
     Redirect,
     Refuse,
+    Roster,
+    RosterEntry,
     RoundMessage,
+    RoundTimes,
     RunInfo,
     Support,
     Turn,
@@ -209,6 +216,35 @@ RECORD = Record(
         Included(chunks=1, contributors=bitmap([1]), total_weight=32768),
     ),
 )
+FIGURES = Figures(
+    phase="training",
+    tokens=1_263_616,
+    tokens_per_s=8412,
+    loss_micronats=1_779_213,
+    heldout_round=12,
+    heldout_micronats=1_765_004,
+    sent_bytes=10_905_190,
+    received_bytes=11_010_048,
+    training_ms=145_200,
+    elapsed_ms=150_000,
+    snapshot_round=10,
+    rounds=(RoundTimes(round=11, training_ms=12_100, waiting_ms=180, exchange_ms=210, other_ms=10, tokens=102_400),),
+)
+MOST_FIGURES = Figures(
+    phase="\U0001f680" * 16,
+    tokens=MOST,
+    tokens_per_s=MOST,
+    loss_micronats=MOST,
+    heldout_round=MOST,
+    heldout_micronats=MOST,
+    sent_bytes=MOST,
+    received_bytes=MOST,
+    training_ms=MOST,
+    elapsed_ms=MOST,
+    snapshot_round=MOST,
+    rounds=(RoundTimes(round=MOST, training_ms=MOST, waiting_ms=MOST, exchange_ms=MOST, other_ms=MOST, tokens=MOST),)
+    * 3,
+)
 FULL_COMMIT = Commit(round=MOST, epoch=MOST, attempt=MOST, state=D2, digest=D2, chain=D2, view=MOST)
 FOUNDED = View(lineage=LINEAGE, epoch=1, number=1, previous=bytes(32), leader=B, members=(BERT,))
 JOINING = Change(epoch=1, leader=B, members=(ANNA,), commit=COMMIT)
@@ -279,6 +315,46 @@ def control_cases() -> list[tuple[str, Any]]:
         (
             "heartbeat_most",
             Heartbeat(incarnation=MOST, epoch=MOST, view=MOST, round=MOST, state_digest=D2, inner_steps=MOST),
+        ),
+        (
+            "heartbeat_watched",
+            Heartbeat(incarnation=1, epoch=1, view=2, round=12, state_digest=D1, inner_steps=1234, figures=FIGURES),
+        ),
+        (
+            "heartbeat_watched_least",
+            Heartbeat(incarnation=1, epoch=1, view=2, round=0, state_digest=D0, figures=Figures(phase="")),
+        ),
+        (
+            "heartbeat_watched_most",
+            Heartbeat(incarnation=1, epoch=1, view=2, round=MOST, state_digest=D2, figures=MOST_FIGURES),
+        ),
+        ("heartbeat_ack_watched", HeartbeatAck(epoch=1, view=2, watched=True)),
+        ("ask_roster", AskRoster()),
+        ("ask_roster_most", AskRoster(first=MOST)),
+        (
+            "roster",
+            Roster(
+                view=2,
+                first=0,
+                entries=(
+                    RosterEntry(position=0, round=12, inner_steps=1234, silent_ms=250, figures=FIGURES),
+                    RosterEntry(position=3, round=11, inner_steps=0, silent_ms=0),
+                ),
+                departed=(Departed(id=C, name="carla", view=2, silent_ms=10012),),
+            ),
+        ),
+        ("roster_of_nobody", Roster(view=2, first=64, entries=())),
+        (
+            "roster_most",
+            Roster(
+                view=MOST,
+                first=MOST,
+                entries=(
+                    RosterEntry(position=MOST, round=MOST, inner_steps=MOST, silent_ms=MOST, figures=MOST_FIGURES),
+                )
+                * 64,
+                departed=(Departed(id="f" * 64, name="x" * 64, view=MOST, silent_ms=MOST),) * 16,
+            ),
         ),
         ("heartbeat_ack", HeartbeatAck(epoch=1, view=2)),
         ("heartbeat_ack_sizes_of_integers", HeartbeatAck(epoch=23, view=24)),
@@ -532,6 +608,7 @@ def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
             {"z": None, "gpus": 8, "later": {"deep": [b"\x00", -1, True, 1.5]}},
             beat,
         ),
+        ("heartbeat_without_figures", "control", beat, {"figures": "LEFT OUT"}, beat),
         ("heartbeat_without_an_optional_field", "control", beat, {"inner_steps": "LEFT OUT"}, beat),
         (
             "view_with_unknown_fields_inside",
@@ -614,6 +691,7 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
     hello = Hello(protocol=1, run_id=D1, settings={}, member=ANNA)
     plan = Plan(round=1, epoch=1, attempt=0, view=1, contributors=b"\x01", weights=(5,), turns=FIRST)
     member = msgspec.to_builtins(ANNA, builtin_types=(bytes,))
+    entry = {"position": 0, "round": 1, "inner_steps": 0, "silent_ms": 0}
     refuse = Refuse(reason="diverged", text="")
     update = ViewUpdate(epoch=1, decided=True, view=VIEW)
     propose = Propose(epoch=1, number=2, digest=D1)
@@ -732,6 +810,26 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
         ("array_for_map", "a member is a map", changed(hello, member=[A, "anna", 1, "", "", 1, False]), False),
         ("text_for_bool", "decided is true or false", changed(update, decided="yes"), False),
         ("null_for_bool", "null is not false", changed(update, decided=None), False),
+        (
+            "float_for_a_loss",
+            "losses are whole numbers of millionths",
+            changed(beat, figures={"phase": "training", "loss_micronats": 1.5}),
+            False,
+        ),
+        ("figures_without_a_phase", "phase is missing", changed(beat, figures={}), False),
+        ("phase_too_long", "65 bytes", changed(beat, figures={"phase": "x" * 65}), False),
+        (
+            "four_round_times",
+            "at most three",
+            changed(beat, figures={"phase": "", "rounds": [msgspec.to_builtins(FIGURES.rounds[0])] * 4}),
+            False,
+        ),
+        (
+            "roster_of_65",
+            "at most 64",
+            changed(Roster(view=1, first=0, entries=()), entries=[entry] * 65),
+            False,
+        ),
         ("null_for_map", "there is no view that is not one", changed(update, view=None), False),
         ("map_of_another_kind", "a plan is no change", changed(propose, change=msgspec.to_builtins(PLAN)), False),
         (
@@ -942,6 +1040,7 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("membership", CommitReady(commit=COMMIT, view=7)),
         ("membership", Weighed(weights={B: 3, A: 1})),
         ("membership", Progress(inner_steps=500)),
+        ("membership", Measured(figures=FIGURES)),
         ("membership", AskAgain()),
         ("checkpoint", FetchState()),
         ("training", Halt()),

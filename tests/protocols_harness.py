@@ -82,6 +82,7 @@ VALID: Final[dict[str, dict[str, Any]]] = {
         "weights": [],
         "turns": [{"epoch": 0, "attempt": 0}],
     },
+    "figures": {"phase": ""},
     "ballot": {"incarnations": []},
 }
 """Something for each rule that may be null in its place."""

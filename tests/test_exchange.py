@@ -9,7 +9,14 @@ from msgspec.structs import replace
 
 from prime_async.machines.attempt import Attempt
 from prime_async.machines.exchange import Exchange, ExchangeSettings
-from prime_async.machines.facts import ContributorLeftOut, RoundIgnored, RoundPlanned, StateDiverged
+from prime_async.machines.facts import (
+    ChunksReassigned,
+    ChunksRedone,
+    ContributorLeftOut,
+    RoundIgnored,
+    RoundPlanned,
+    StateDiverged,
+)
 from prime_async.machines.vocabulary import (
     AdoptMean,
     CancelFetch,
@@ -416,6 +423,18 @@ def test_a_newer_plan_touches_the_chunks_of_the_lost_and_no_others() -> None:
     assert [c.key for c in of(CancelFetch, effects)] == [mean(2)]
     assert [(f.peer, f.key) for f in of(Fetch, effects)] == [("n0", mean(2, attempt=1))]
     assert node.fetches.under_way >= {item for item in before if item[1].chunk != 2}
+
+
+def test_it_is_told_who_does_the_chunks_of_the_lost_again_and_how_long_that_took() -> None:
+    node, _ = planned()
+    node.handle(2.5, ViewChanged(view=view(4, N0, N1)))
+    effects = hears(node, without(2))
+    [given] = facts(ChunksReassigned, effects)
+    assert (given.chunks, given.lost, given.owners) == (1, ("n2",), ("n0",))
+    assert facts(ChunksRedone, fetched(node, "n0", mean(0), now=3.0)) == []
+    [redone] = facts(ChunksRedone, fetched(node, "n0", mean(2, attempt=1), now=3.4))
+    assert (redone.chunks, redone.lost, redone.owners, redone.seconds) == (1, ("n2",), ("n0",), 2.4)
+    assert facts(ChunksRedone, fetched(node, "n0", mean(2, attempt=1), now=3.5)) == []
 
 
 def test_a_new_owner_asks_everybody_who_is_left_and_makes_it_anew_if_nobody_holds_it() -> None:

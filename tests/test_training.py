@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prime_async.config.schema import MAX_ROUND_STEPS
-from prime_async.machines.facts import HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
+from prime_async.machines.facts import ContributionReady, HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
 from prime_async.machines.training import MAX_NON_FINITE, MAX_STEPS, Training, TrainingSettings
 from prime_async.machines.vocabulary import (
     Applied,
@@ -123,6 +123,7 @@ def test_inner_steps_then_the_contribution_then_the_means_then_the_outer_step() 
     assert of(Encode, effects) == [Encode(round=0)]
     effects = give(node, Encoded(round=0, finite=True))
     assert told(effects, "exchange") == [ContributionFixed(round=0, weight=100)]
+    assert facts(ContributionReady, effects) == [ContributionReady(round=0, tokens=100)]
     assert give(node, means()) == [Apply(round=0, position=1)]
     effects = give(node, applied())
     for actor in ("checkpoint", "exchange", "membership"):

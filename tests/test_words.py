@@ -8,7 +8,7 @@ import pytest
 from msgspec import Struct
 
 from prime_async.log import read_log
-from prime_async.machines.facts import RoundCommitted
+from prime_async.machines.facts import MemberSeen, MembersSeen, RoundCommitted
 from prime_async.machines.vocabulary import (
     Effect,
     Encode,
@@ -24,7 +24,21 @@ from prime_async.machines.vocabulary import (
     ViewChanged,
     WakeAt,
 )
-from prime_async.messages import ChunkInfo, ChunkKey, Heartbeat, Member, Message, Plan, Turn, View, bitmap
+from prime_async.messages import (
+    ChunkInfo,
+    ChunkKey,
+    Departed,
+    Figures,
+    Heartbeat,
+    Member,
+    Message,
+    Plan,
+    Roster,
+    RosterEntry,
+    Turn,
+    View,
+    bitmap,
+)
 from prime_async.words import EFFECTS, EVENTS, MESSAGES, Words
 from tests.protocols_harness import V1
 
@@ -40,6 +54,29 @@ VIEW = View(
     lineage=bytes(32), epoch=1, number=3, previous=bytes(32), leader="a" * 64,
     members=(member("a" * 64, "anna"), member("b" * 64, "ben")),
 )  # fmt: skip
+
+
+def test_what_is_shown_of_members_is_short() -> None:
+    figures = Figures(phase="training", tokens=4096)
+    entry = RosterEntry(position=3, round=1, inner_steps=2, silent_ms=0, figures=figures)
+    unheard = RosterEntry(position=4, round=0, inner_steps=0, silent_ms=0)
+    gone = Departed(id="n9", name="nine", view=2, silent_ms=0)
+    said = Words().of(Roster(view=2, first=0, entries=(entry, unheard), departed=(gone,)))
+    assert said.endswith("do: 3 [training, 4096 tokens], 4 [not known]; gone are nine")
+    seen = MemberSeen(
+        id="n1",
+        name="one",
+        incarnation=1,
+        leads=True,
+        active=True,
+        witness=False,
+        round=1,
+        inner_steps=1,
+        silent_s=0.0,
+        figures=figures,
+    )
+    fact = MembersSeen(epoch=1, view=2, first=0, total=1, members=(seen,))
+    assert "members one" in Words().of(Report(fact=fact))
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prime_async.machines.attempt import SETTLED, Attempt, Means, Number, mean_key, number_of
+from prime_async.machines.facts import ChunksReassigned, ChunksRedone
 from prime_async.machines.fetches import Fetches
 from prime_async.machines.fragments import Fragments
 from prime_async.machines.gathering import Gathering
 from prime_async.machines.recovery import Recovery
 from prime_async.machines.reducing import Reducing
-from prime_async.machines.vocabulary import Effect, Fetched, FetchFailed, Reduced, Settle, StoreMeans
-from prime_async.messages import ChunkKey, Commit, View
+from prime_async.machines.units import to_ms
+from prime_async.machines.vocabulary import Effect, Fetched, FetchFailed, Reduced, Report, Settle, StoreMeans
+from prime_async.messages import ChunkKey, Commit, View, positions
+
+
+@dataclass(slots=True)
+class Redo:
+    """Chunks that were given to other owners since ``began_at``. ``lost``, ``owners``: names, in order of coming."""
+
+    began_at: float
+    chunks: set[int] = field(default_factory=set)
+    lost: dict[str, None] = field(default_factory=dict)
+    owners: dict[str, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -42,6 +54,7 @@ class Chunks:
     commit: Commit | None = None
     numbers: dict[int, Number] = field(default_factory=dict)
     anew: bool = False  # all is fetched as settled
+    redo: Redo | None = None  # what others lost, and is not here again yet
 
     def __post_init__(self) -> None:
         self.gathering = Gathering(me=self.me, window=self.mean_window, fetches=self.fetches)
@@ -72,6 +85,7 @@ class Chunks:
         self.gathering = Gathering(me=self.me, window=self.mean_window, fetches=self.fetches)
         self.means, self.attempt, self.reducing = Means(), None, None
         self.commit, self.numbers, self.anew = None, {}, False
+        self.redo = None
 
     # --- under a plan -------------------------------------------------------------------------------------------
 
@@ -81,6 +95,7 @@ class Chunks:
         if before is not None and before.continues(attempt.plan):
             known = before.numbers
             reducing = self._hand_on(now, before, attempt, out)
+            self._note_reassigned(now, before, attempt, out)
         else:
             self.give_up(out)
             known = {}
@@ -114,6 +129,45 @@ class Chunks:
                 self.gathering.unwant(now, before.key(chunk), out)
         self.reducing.attempt = attempt
         return self.reducing
+
+    def _note_reassigned(self, now: float, before: Attempt, attempt: Attempt, out: list[Effect]) -> None:
+        chunks = [c for c, number in before.numbers.items() if attempt.numbers[c] != number]
+        if not chunks:
+            return
+        names = {m.id: m.name for m in attempt.view.members}
+        turns = attempt.plan.turns[len(before.plan.turns) :]
+        lost = {attempt.view.members[i].name: None for turn in turns for i in positions(turn.lost)}
+        owners = {names[attempt.assigned[c].owner]: None for c in chunks}
+        self.redo = self.redo or Redo(began_at=now)
+        self.redo.chunks |= set(chunks)
+        self.redo.lost |= lost
+        self.redo.owners |= owners
+        fact = ChunksReassigned(
+            round=attempt.round,
+            epoch=attempt.plan.epoch,
+            attempt=attempt.plan.attempt,
+            chunks=len(chunks),
+            lost=tuple(lost),
+            owners=tuple(owners),
+        )
+        out.append(Report(fact=fact))
+
+    def report_redone(self, now: float, out: list[Effect]) -> None:
+        """Once the means of all chunks that were given to others are here under their numbers."""
+        redo, attempt = self.redo, self.attempt
+        if redo is None or attempt is None:
+            return
+        if not all(self.means.holds(c, attempt.numbers[c]) for c in redo.chunks):
+            return
+        self.redo = None
+        fact = ChunksRedone(
+            round=attempt.round,
+            chunks=len(redo.chunks),
+            lost=tuple(redo.lost),
+            owners=tuple(redo.owners),
+            seconds=to_ms(now - redo.began_at),
+        )
+        out.append(Report(fact=fact))
 
     def pump(self, now: float, out: list[Effect], *, own_here: bool) -> None:
         """Begin as much as the windows allow. ``own_here``: see ``Reducing``."""

@@ -187,6 +187,7 @@ class Exchange:
         attempt = self.chunks.attempt
         own_here = attempt is not None and self.contribution.is_of(attempt.view, self.settings.me)
         self.chunks.pump(now, out, own_here=own_here)
+        self.chunks.report_redone(now, out)
         handed_over = self.hand_over.finish(now, self.view, self.contribution, out)
         if attempt is None or not (handed_over or self.chunks.commit is None):
             return

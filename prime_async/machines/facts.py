@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
+from prime_async.messages import Figures
+
 
 class InnerStepDone(Struct, frozen=True, kw_only=True, tag="inner_step_done"):
     """One inner step. ``loss`` in nats per token; ``step`` counts this node's steps since it started."""
@@ -55,7 +57,7 @@ class KeyDenied(Struct, frozen=True, kw_only=True, tag="key_denied"):
 
 
 class MemberJoined(Struct, frozen=True, kw_only=True, tag="member_joined"):
-    """The leader took a node in."""
+    """The leader took a node in. This, and that one is lost or leaves, is told at the leader, and where one watches."""
 
     peer: str
     name: str
@@ -108,6 +110,34 @@ class ViewAdopted(Struct, frozen=True, kw_only=True, tag="view_adopted"):
     leader: str
     members: tuple[str, ...]
     active: int
+
+
+class MemberSeen(Struct, frozen=True, kw_only=True):
+    """A member as the leader sees it. ``silent_s``: since it was heard last; ``round``: of its outer state.
+
+    ``figures`` are its own, ``None`` while nothing was heard of it.
+    """
+
+    id: str
+    name: str
+    incarnation: int
+    leads: bool
+    active: bool
+    witness: bool
+    round: int
+    inner_steps: int
+    silent_s: float
+    figures: Figures | None
+
+
+class MembersSeen(Struct, frozen=True, kw_only=True, tag="members_seen"):
+    """How some members of ``view`` do: of ``total``, those from position ``first`` on. Only where somebody watches."""
+
+    epoch: int
+    view: int
+    first: int
+    total: int
+    members: tuple[MemberSeen, ...]
 
 
 class LeaderSilent(Struct, frozen=True, kw_only=True, tag="leader_silent"):
@@ -191,6 +221,27 @@ class OwnersLost(Struct, frozen=True, kw_only=True, tag="owners_lost"):
     peers: tuple[str, ...]
 
 
+class ChunksReassigned(Struct, frozen=True, kw_only=True, tag="chunks_reassigned"):
+    """So many chunks of an open round go from the members of ``lost`` to those of ``owners``; both are names."""
+
+    round: int
+    epoch: int
+    attempt: int
+    chunks: int
+    lost: tuple[str, ...]
+    owners: tuple[str, ...]
+
+
+class ChunksRedone(Struct, frozen=True, kw_only=True, tag="chunks_redone"):
+    """The means of all chunks that were reassigned in this round are here, ``seconds`` after the first of them were."""
+
+    round: int
+    chunks: int
+    lost: tuple[str, ...]
+    owners: tuple[str, ...]
+    seconds: float
+
+
 class RoundTakenOver(Struct, frozen=True, kw_only=True, tag="round_taken_over"):
     """A new leader knows what is open: it carries on the plan of this (epoch, attempt)."""
 
@@ -206,6 +257,13 @@ class ContributorLeftOut(Struct, frozen=True, kw_only=True, tag="contributor_lef
     chunk: int
     peer: str
     reason: str
+
+
+class ContributionReady(Struct, frozen=True, kw_only=True, tag="contribution_ready"):
+    """This node's part of the round is encoded; from here on it waits for the plan, that is, for others."""
+
+    round: int
+    tokens: int
 
 
 class RoundCommitted(Struct, frozen=True, kw_only=True, tag="round_committed"):
@@ -331,9 +389,10 @@ class PeerDropped(Struct, frozen=True, kw_only=True, tag="peer_dropped"):
 
 Fact: TypeAlias = (
     InnerStepDone | HeldOutLoss | Founded | Joined | StillAsking | KeyDenied | MemberJoined | MemberLost | MemberLeft
-    | KeyLetIn | HelloRefused | ViewAdopted | LeaderSilent | LeaderElected | SteppedDown | CutOff
+    | KeyLetIn | HelloRefused | ViewAdopted | MembersSeen | LeaderSilent | LeaderElected | SteppedDown | CutOff
     | StateNowhere | SlowWake | StateDiverged | WaitingForMembers
-    | RoundPlanned | OwnersLost | RoundTakenOver | ContributorLeftOut | RoundCommitted
+    | ContributionReady | RoundPlanned | OwnersLost | ChunksReassigned | ChunksRedone | RoundTakenOver
+    | ContributorLeftOut | RoundCommitted
     | RoundFinished | RoundIgnored | NonFiniteProgress
     | LedgerRestored | CatchUpStarted | CaughtUp | StateMended | SnapshotWritten | LedgerTrouble
     | RemoteCopied | RemoteCopyFailed | StateSaved | PeerDropped

@@ -34,9 +34,11 @@ from msgspec.structs import replace
 
 from prime_async.machines.ballot import Ballot, change_between, entitled, is_quorum, view_digest
 from prime_async.machines.facts import MemberJoined, MemberLeft, MemberLost, StateDiverged
+from prime_async.machines.roster import Audience, Known
 from prime_async.machines.vocabulary import Effect, Report, RunAt, Send, Tell
 from prime_async.messages import (
     Commit,
+    Figures,
     Goodbye,
     Heartbeat,
     HeartbeatAck,
@@ -62,7 +64,8 @@ class ContactPoint(Struct, frozen=True, kw_only=True):
 class MembershipSettings(Struct, frozen=True, kw_only=True):
     """What a membership machine is made with. ``settings`` is the run spec, flat; times are in seconds.
 
-    ``ballot``: what this node had on disk when it started; ``tip``: the commit that its outer state came of.
+    ``watches``: this node shows to people how all members do, so it asks the leader. ``ballot``: what this node had on
+    disk when it started; ``tip``: the commit that its outer state came of.
     """
 
     me: Member
@@ -72,6 +75,7 @@ class MembershipSettings(Struct, frozen=True, kw_only=True):
     min_members: int = 1
     heartbeat_s: float = 1.0
     failure_timeout_s: float = 10.0
+    watches: bool = False
     ballot: Ballot | None = None
     tip: Commit | None = None
 
@@ -107,6 +111,8 @@ class Peer:
     gone: bool = False
     told_at: float = -math.inf  # when it was told that its outer state is another
     silent_s: float = 0.0  # how long it had been silent when it was given up; 0: it said goodbye
+    inner_steps: int = 0
+    figures: Figures | None = None  # to be shown; nothing is decided by them
 
     @property
     def digest(self) -> bytes:
@@ -143,6 +149,10 @@ class Leadership:
     repeat_at: float = 0.0
     opened: bool = False  # the first view of this epoch was proposed
     doubted: int = -1  # the newest round of which our own outer state was found to be wrong
+    audience: Audience = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.audience = Audience(self.settings.heartbeat_s, self.settings.watches)
 
     @property
     def me(self) -> str:
@@ -231,6 +241,7 @@ class Leadership:
             return
         record.heard_at = now
         record.report(beat.round, beat.state_digest)
+        record.inner_steps, record.figures = beat.inner_steps, beat.figures or record.figures
         ours = self.states.digests.get(beat.round)
         if member is not None and member.active and ours is not None and ours != beat.state_digest:
             right = self._which_counts(beat.round)
@@ -244,13 +255,21 @@ class Leadership:
             self._tell_if_it_differs(now, record, out)
         if self._is_synced(record) and waits and len(self.view.trainers) < self.settings.min_members:
             self.activating.add(peer)
-        self.on_accepted(peer, beat.epoch, beat.view, (beat.incarnation,), out)
+        self.on_accepted(now, peer, beat.epoch, beat.view, (beat.incarnation,), out)
         if self.proposal is not None and (beat.epoch, beat.view) < (self.epoch, self.proposal.number):
             self._propose_to(peer, out)
-        out.append(Send(peer=peer, message=HeartbeatAck(epoch=self.epoch, view=self.view.number)))
+        out.append(Send(peer=peer, message=self.ack(now)))
         votes_now = member is not None and not member.voter and self._may_vote(member, record)
         if votes_now or peer in self.activating or self.leaving_since is not None:
             self.go_on(now, out)  # not with every heartbeat: it looks at all members
+
+    def known(self, now: float) -> dict[str, Known]:
+        """What is to be shown of the others, by id."""
+        return {
+            id: Known(p.round, p.inner_steps, max(0.0, now - p.heard_at), p.figures)
+            for id, p in self.peers.items()
+            if p.round >= 0
+        }
 
     def _tell_if_it_differs(self, now: float, record: Peer, out: list[Effect]) -> None:
         """It is where we are, by its own means, and does not know that another state counts."""
@@ -322,7 +341,9 @@ class Leadership:
         assert self.message is not None
         out.append(Send(peer=peer, message=self.message))
 
-    def on_accepted(self, peer: str, epoch: int, number: int, incarnations: Collection[int], out: list[Effect]) -> bool:
+    def on_accepted(
+        self, now: float, peer: str, epoch: int, number: int, incarnations: Collection[int], out: list[Effect]
+    ) -> bool:
         """Whether the proposal is decided with this."""
         proposal = self.proposal
         if proposal is None or (epoch, number) != (self.epoch, proposal.number):
@@ -331,13 +352,16 @@ class Leadership:
             self.stored_by.add(peer)
         if not is_quorum(self.view, self.stored_by):
             return False
-        self._decide(proposal, out)
+        self._decide(now, proposal, out)
         return True
 
-    def _decide(self, view: View, out: list[Effect]) -> None:
+    def ack(self, now: float) -> HeartbeatAck:
+        return HeartbeatAck(epoch=self.epoch, view=self.view.number, watched=self.audience.watches(now))
+
+    def _decide(self, now: float, view: View, out: list[Effect]) -> None:
         before, self.view, self.proposal = self.view, view, None
         self._account_for(before, out)
-        ack = HeartbeatAck(epoch=self.epoch, view=view.number)
+        ack = self.ack(now)
         out += [Send(peer=p, message=ack) for p in dict.fromkeys([*(m.id for m in view.members), self.me])]
         for peer in sorted(self.welcome):
             if view.member(peer) is not None:
@@ -352,6 +376,7 @@ class Leadership:
             silent_s = record.silent_s if record else 0.0
             if record is not None and record.gone:
                 del self.peers[member.id]
+            self.audience.note_departure(member, view.number, silent_s)
             if silent_s:
                 fact = MemberLost(peer=member.id, name=member.name, silent_s=round(silent_s, 3), view=view.number)
                 out.append(Report(fact=fact))

@@ -52,6 +52,7 @@ from prime_async.machines.facts import (
 )
 from prime_async.machines.leadership import ContactPoint, Leadership, MembershipSettings, OuterStates, Peer
 from prime_async.machines.reception import answer_run, on_let_in
+from prime_async.machines.roster import Known, Watcher
 from prime_async.machines.seeking import Seeking
 from prime_async.machines.standing import Standing
 from prime_async.machines.vocabulary import (
@@ -68,6 +69,7 @@ from prime_async.machines.vocabulary import (
     KeyToLetIn,
     Leave,
     LetIn,
+    Measured,
     Offended,
     Progress,
     Reached,
@@ -83,8 +85,10 @@ from prime_async.machines.vocabulary import (
 )
 from prime_async.messages import (
     Accepted,
+    AskRoster,
     AskRun,
     AskView,
+    Figures,
     Goodbye,
     Heartbeat,
     HeartbeatAck,
@@ -98,6 +102,7 @@ from prime_async.messages import (
     Propose,
     Redirect,
     Refuse,
+    Roster,
     Support,
     View,
     ViewUpdate,
@@ -129,9 +134,13 @@ class Membership:
     incarnation: int = 0
     welcomed_as: int = 0  # the incarnation that was told where the run is
     inner_steps: int = 0
+    figures: Figures | None = None  # of this node
+    watched: bool = False  # the leader wants them
+    watcher: Watcher | None = None  # if this node shows how all do
     leader: str = ""  # whom we follow
     leader_heard_at: float = 0.0
     heard: dict[str, float] = field(default_factory=dict)  # peer -> when
+    show_at: float = 0.0  # when a leader that watches says again how all do
     act_at: float = 0.0  # when the next hello, heartbeat or goodbye is due
     reported_at: float = 0.0
     reachable: dict[str, bool] = field(default_factory=dict)
@@ -147,6 +156,7 @@ class Membership:
         self.acceptor = Acceptor(me, stored.known_as(self.incarnation))
         self.standing = Standing(me, self.settings.heartbeat_s, self.acceptor)
         self.seeking = Seeking(self.settings)
+        self.watcher = Watcher() if self.settings.watches else None
 
     # --- the one way in -----------------------------------------------------------------------------------------
 
@@ -175,6 +185,8 @@ class Membership:
                 out += self.acceptor.on_stored(seq)
             case Progress(inner_steps=steps):
                 self.inner_steps = steps
+            case Measured(figures=figures):
+                self.figures = figures
             case AskAgain():
                 self._on_ask_again(now, out)
             case CommitReady(commit=commit, view=number):
@@ -226,6 +238,8 @@ class Membership:
         decided = self.acceptor.ballot.decided_view
         if decided is None or self.role == "gone" or (self.view is not None and decided.number <= self.view.number):
             return False
+        if self.watcher is not None and self.role != "leader":  # a leader accounts for them itself
+            self.watcher.see_view(self.view, decided, out)
         self.view = decided
         self.views[decided.number] = (self.acceptor.ballot.accepted, decided)
         needed = decided.commit.view if decided.commit else 0  # over which the committed means name their contributors
@@ -444,13 +458,17 @@ class Membership:
             case Heartbeat() if self.leadership is not None:
                 self.leadership.on_heartbeat(now, peer, message, out)
             case Accepted() if self.leadership is not None:
-                self.leadership.on_accepted(peer, message.epoch, message.number, message.incarnations, out)
+                self.leadership.on_accepted(now, peer, message.epoch, message.number, message.incarnations, out)
             case Goodbye():
                 self._on_goodbye(now, peer, message, out)
             case AskRun():
                 answer_run(self.settings, self.view, peer, message, out)
             case Vouch(key=key, name=name) if self._knows(peer):
                 out.append(KeyToLetIn(peer=peer, key=key, name=name, invited=False))
+            case AskRoster() if self.leadership is not None:
+                self._on_ask_roster(now, peer, message, out)
+            case Roster():
+                self._on_roster(peer, message, out)
             case AskView(number=number) if self._knows(peer):
                 self._show(peer, number, out)
             case HeartbeatAck() | Propose() | ViewUpdate():
@@ -489,7 +507,8 @@ class Membership:
                 self.acceptor.on_propose(peer, message, out)
             case ViewUpdate():
                 self.acceptor.on_view(peer, message, out)
-            case HeartbeatAck(epoch=epoch, view=number):
+            case HeartbeatAck(epoch=epoch, view=number, watched=watched):
+                self.watched = watched
                 if not self.acceptor.decide(epoch, number, out):
                     out.append(Send(peer=peer, message=AskView(number=number)))
 
@@ -543,7 +562,7 @@ class Membership:
         match message:
             case PreVote(epoch=epoch):
                 if not own and self._hears_leader(peer):
-                    self._point_out_leader(peer, out)
+                    self._point_out_leader(now, peer, out)
                     return
                 self.standing.give_way(now, peer)
                 if epoch <= ballot.promised:
@@ -560,10 +579,9 @@ class Membership:
             case _:
                 pass  # a late or repeated answer
 
-    def _point_out_leader(self, peer: str, out: list[Effect]) -> None:
+    def _point_out_leader(self, now: float, peer: str, out: list[Effect]) -> None:
         if self.leadership is not None:
-            ack = HeartbeatAck(epoch=self.leadership.epoch, view=self.leadership.view.number)
-            out.append(Send(peer=peer, message=ack))
+            out.append(Send(peer=peer, message=self.leadership.ack(now)))
             return
         leader = self.view.member(self.leader) if self.view else None
         if leader is not None:
@@ -680,6 +698,7 @@ class Membership:
 
     def _on_leading_tick(self, now: float, out: list[Effect]) -> None:
         assert self.leadership is not None
+        self._show_as_leader(now, out)
         if self.leadership.leaving_since is not None and (self.leadership.alone or now >= self.leave_by):
             self._end(Finish(), out)
         elif not self.leadership.judge(now, out):
@@ -708,8 +727,37 @@ class Membership:
             round=self.states.round,
             state_digest=self.states.digest,
             inner_steps=self.inner_steps,
+            figures=self.figures if self.watched else None,
         )
         out.append(Send(peer=self.leader, message=beat))
+        if self.watcher is not None:
+            out.append(Send(peer=self.leader, message=AskRoster(first=self.watcher.next)))
+
+    # --- for those who watch ------------------------------------------------------------------------------------
+
+    def _on_ask_roster(self, now: float, peer: str, ask: AskRoster, out: list[Effect]) -> None:
+        leadership = self.leadership
+        if leadership is not None and leadership.view.member(peer) is not None:
+            leadership.audience.came(now)
+            roster = leadership.audience.roster(leadership.view, ask.first, self._known_of_all(now, leadership))
+            out.append(Send(peer=peer, message=roster))
+
+    def _known_of_all(self, now: float, leadership: Leadership) -> dict[str, Known]:
+        ours = Known(self.states.round, self.inner_steps, 0.0, self.figures)
+        return {**leadership.known(now), self.settings.me.id: ours}
+
+    def _on_roster(self, peer: str, roster: Roster, out: list[Effect]) -> None:
+        known = self.views.get(roster.view)
+        if self.watcher is not None and self.role == "member" and peer == self.leader and known is not None:
+            self.watcher.on_roster(roster, known[1], out)
+
+    def _show_as_leader(self, now: float, out: list[Effect]) -> None:
+        """The leader needs to ask nobody."""
+        if self.watcher is None or self.leadership is None or self.view is None or now < self.show_at:
+            return
+        self.show_at = now + self.settings.heartbeat_s
+        known = self._known_of_all(now, self.leadership)
+        self.watcher.show(self.view, self.watcher.next, known, out)
 
     def _schedule(self, now: float, out: list[Effect]) -> None:
         """One wake-up is always asked for: the earliest time at which something may have to be done."""

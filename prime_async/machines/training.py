@@ -40,7 +40,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from prime_async.machines.account import Account
-from prime_async.machines.facts import HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
+from prime_async.machines.facts import ContributionReady, HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
 from prime_async.machines.units import to_ms
 from prime_async.machines.vocabulary import (
     Applied,
@@ -402,6 +402,7 @@ class Training:
             self.exchange = "offered"
             fixed = ContributionFixed(round=self.round, weight=self.account.weight)
             out.append(Tell(actor="exchange", event=fixed))
+            out.append(Report(fact=ContributionReady(round=self.round, tokens=fixed.weight)))
             self._go_on(now, out)
             return
         self.exchange = "none"

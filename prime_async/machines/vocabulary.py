@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import Fact
-from prime_async.messages import ChunkInfo, ChunkKey, Commit, Message, Record, View
+from prime_async.messages import ChunkInfo, ChunkKey, Commit, Figures, Message, Record, View
 
 ActorName: TypeAlias = Literal["membership", "exchange", "checkpoint", "training"]
 
@@ -101,6 +101,12 @@ class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
     """Inner steps done by this node since it started."""
 
     inner_steps: int
+
+
+class Measured(Struct, frozen=True, kw_only=True, tag="measured"):
+    """To membership: how this node does, to be shown to whoever watches."""
+
+    figures: Figures
 
 
 class AskAgain(Struct, frozen=True, kw_only=True, tag="ask_again"):
@@ -347,8 +353,8 @@ class LedgerFailed(Struct, frozen=True, kw_only=True, tag="ledger_failed"):
 
 Event: TypeAlias = (
     Tick | Heard | DoorClosed | Offended | Reached | BallotStored | StateAt | RunAt | ViewChanged | CommitReady
-    | Weighed | Progress | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed | ContributionTaken
-    | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured | Encoded
+    | Weighed | Progress | Measured | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed
+    | ContributionTaken | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured | Encoded
     | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
     | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
     | SnapshotStored | LedgerFailed | LetIn
