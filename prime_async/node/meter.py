@@ -32,6 +32,7 @@ class Meter:
     _counted_training_s: float = 0.0
     _round_ended_at: float | None = None
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
 
     def add(self, fact: Fact, now: float) -> None:
         match fact:
@@ -56,12 +57,18 @@ class Meter:
         self.loss = step.loss
         self._training_s += step.seconds
         self._recent.append((step.tokens, step.seconds))
+        self._losses.append(step.loss)
 
     @property
     def tokens_per_s(self) -> float:
         """Of the last inner steps, while they ran."""
         seconds = sum(s for _, s in self._recent)
         return sum(t for t, _ in self._recent) / seconds if seconds else 0.0
+
+    @property
+    def recent_loss(self) -> float:
+        """The mean over the last inner steps; NaN before the first."""
+        return sum(self._losses) / len(self._losses) if self._losses else math.nan
 
     @property
     def training_share(self) -> float:
