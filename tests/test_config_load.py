@@ -143,6 +143,12 @@ def test_a_rule_is_not_checked_against_a_value_that_is_wrong_itself() -> None:
         ({"node__name": "a\nb"}, 'node.name: expected at most 64 characters on one line, got "a\\nb"'),
         ({"node__key": ""}, 'node.key: expected a path, got ""'),
         ({"node__record": 5}, 'node.record: expected a path, or "", got 5'),
+        ({"node__dashboard": "8080"}, 'node.dashboard: expected HOST:PORT, or "", got "8080"'),
+        ({"node__dashboard": "[::1]:80800"}, 'node.dashboard: expected HOST:PORT, or "", got "[::1]:80800"'),
+        (
+            {"node__sinks": ["stdout:x"]},
+            'node.sinks[0]: expected "tensorboard:FOLDER", "wandb:PROJECT" or "trackio:PROJECT", got "stdout:x"',
+        ),
         ({"node__host": ""}, 'node.host: expected a host name or address without a port, got ""'),
         (
             {"node__advertise": "h:7"},

@@ -139,6 +139,8 @@ NODE: dict[str, st.SearchStrategy[Any]] = {
     "micro_batch_size": st.sampled_from([0, 1]),
     "data_path": optional_paths,
     "evaluate_every": counts,
+    "dashboard": st.sampled_from(["", "127.0.0.1:8080", "0.0.0.0:0", "[::1]:8080"]),
+    "sinks": st.lists(st.sampled_from(["tensorboard:logs", "wandb:run", "trackio:run"]), max_size=3),
     "record": optional_paths,
     "audit": optional_paths,
     "log_format": st.sampled_from(["console", "json"]),

@@ -54,6 +54,15 @@ def _host(text: str) -> str:
     return text
 
 
+def _dashboard(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    inside = host.removeprefix("[").removesuffix("]")
+    valid = colon and is_host(inside) and port.isascii() and port.isdigit() and int(port) < 65536
+    if text and not valid:
+        raise PydanticCustomError("dashboard", "not HOST:PORT")
+    return text
+
+
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]  # a Get on the wire waits an hour at most
 UpToADay = Annotated[float, Field(ge=0, le=86_400)]
@@ -64,6 +73,14 @@ FilePath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
 OptionalPath: TypeAlias = Annotated[Path | None, BeforeValidator(_optional_path)]
 ContactText: TypeAlias = Annotated[
     str, AfterValidator(_contact), Field(json_schema_extra=_words('a contact "KEY@HOST:PORT"'))
+]
+SinkText: TypeAlias = Annotated[
+    str,
+    Field(
+        max_length=1024,
+        pattern=r"^(tensorboard|wandb|trackio):\P{Cc}+$",
+        json_schema_extra=_words('"tensorboard:FOLDER", "wandb:PROJECT" or "trackio:PROJECT"'),
+    ),
 ]
 AllowText: TypeAlias = Annotated[
     str,
@@ -500,6 +517,26 @@ class NodeSettings(Settings):
             description="held-out loss every so many rounds; 0: only before the first and after the last",
         ),
     ] = 0
+    dashboard: Annotated[
+        str,
+        AfterValidator(_dashboard),
+        Field(
+            max_length=MAX_HOST_LENGTH + 8,
+            description="where a browser finds the run's web page, /metrics, /healthz and /readyz, such as "
+            '"127.0.0.1:8080"; with "0.0.0.0:8080" everybody who reaches this machine may look, and no more than that '
+            '(needs `prime-async[dashboard]`); "": nowhere',
+            json_schema_extra=_words('HOST:PORT, or ""'),
+        ),
+    ] = ""
+    sinks: Annotated[
+        tuple[SinkText, ...],
+        Field(
+            strict=False,
+            max_length=8,
+            description='where this node\'s losses, speed and round times go too: "tensorboard:FOLDER", '
+            '"wandb:PROJECT", "trackio:PROJECT" (each needs the package of its name)',
+        ),
+    ] = ()
     record: Annotated[OptionalPath, Field(description="file to write the message log to")] = None
     audit: Annotated[
         OptionalPath,

@@ -42,6 +42,7 @@ HEADINGS: Final = {
     "node.host": "Where others find it, and who may",
     "node.witness": "How it computes",
     "node.data_path": "What it reads and reports",
+    "node.dashboard": "Who may watch",
 }
 """A heading before some of the settings; what follows belongs to it, up to the next."""
 

@@ -165,6 +165,7 @@ def machine_settings(
             min_members=run.min_members,
             heartbeat_s=run.heartbeat_s,
             failure_timeout_s=run.failure_timeout_s,
+            watches=bool(node.dashboard or node.sinks),
             ballot=ballot,
             tip=tip,
         ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing
-from typing import Protocol
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import structlog
@@ -38,6 +38,7 @@ from prime_async.machines.facts import (
     LedgerRestored,
     LedgerTrouble,
     MemberLost,
+    MembersSeen,
     NonFiniteProgress,
     PeerDropped,
     RemoteCopyFailed,
@@ -58,11 +59,12 @@ from prime_async.machines.vocabulary import (
     Fail,
     Heard,
     Leave,
+    Measured,
     Offended,
     Reached,
     StateAt,
 )
-from prime_async.messages import AskRun, AskView, LedgerMessage, Message, RoundMessage, ViewUpdate
+from prime_async.messages import AskRun, AskView, Figures, LedgerMessage, Message, RoundMessage, ViewUpdate
 from prime_async.node.allow import AllowList
 from prime_async.node.build import (
     allow_list,
@@ -75,10 +77,14 @@ from prime_async.node.build import (
     record_path,
 )
 from prime_async.node.events import EventStream
+from prime_async.node.figures import Gauge
 from prime_async.node.meter import Meter
 from prime_async.transport.base import Denied, Notice, Reachable, Received, Traffic, Transport, Violation
 from prime_async.transport.keys import read_key_file
 from prime_async.work.workload import Workload
+
+if TYPE_CHECKING:
+    from prime_async.watch.station import Station
 
 log = structlog.get_logger(__name__)
 
@@ -111,7 +117,7 @@ class Node:
     ) -> None:
         self.config = config
         self.events = EventStream()
-        self.meter = Meter()
+        self._gauge = Gauge(config.node.witness)
         self.stopping = False
         self._transport = transport
         self._workload = workload
@@ -123,6 +129,7 @@ class Node:
         self._finished = trio.Event()
         self._failure: PrimeAsyncError | None = None
         self._scope = trio.CancelScope()
+        self._station: Station | None = None
         self._ledger = node_ledger(config, workload)
         self._keeper = LedgerKeeper(self._ledger, Tensors(workload), None)
         self._copier = self._open_copier()
@@ -138,6 +145,11 @@ class Node:
     def contact(self) -> str:
         """What others put into ``node.join`` to reach this node: ``KEY@HOST:PORT``."""
         return f"{self.id}@{self._transport.control_address.removeprefix('tcp://')}"
+
+    @property
+    def meter(self) -> Meter:
+        """How the node is doing, in numbers."""
+        return self._gauge.meter
 
     @property
     def traffic(self) -> Traffic:
@@ -171,9 +183,10 @@ class Node:
     def _report(self, fact: Fact) -> None:
         fields = msgspec.to_builtins(fact)
         name = fields.pop("type")
-        level = "debug" if isinstance(fact, InnerStepDone) else "warning" if isinstance(fact, WARNINGS) else "info"
-        getattr(self._log, level)(name, **fields)
-        self.meter.add(fact, trio.current_time())
+        getattr(self._log, _level(fact))(name, **fields)
+        self._gauge.add(fact, trio.current_time())
+        if self._station is not None:
+            self._station.add(fact)
         self.events.put(fact)
 
     def _fail(self, fail: Fail) -> None:
@@ -281,10 +294,23 @@ class Node:
         self._build(nursery, settings, recorder)
         nursery.start_soon(self._listen)
         nursery.start_soon(self._end_events)
+        nursery.start_soon(self._measure)
+        if self._station is not None:
+            nursery.start_soon(self._station.run)
         self._transport.serve(self._store)
         restored = self._restored
         self._keeper.announce()
         self._post("training", StateAt(round=restored.round, digest=restored.digest, chain=restored.chain))
+
+    async def _measure(self) -> None:
+        """Tell membership how this node does, for those who watch."""
+        last: Figures | None = None
+        while True:
+            figures = self._gauge.figures(self.traffic.sent, self.traffic.received)
+            if figures != last:
+                self._post("membership", Measured(figures=figures))
+                last = figures
+            await trio.sleep(self.config.run.heartbeat_s)
 
     async def _end_events(self) -> None:
         await self._finished.wait()
@@ -318,6 +344,13 @@ class Node:
                 await self._copier.push()
 
 
+def _level(fact: Fact) -> str:
+    """Of the log. What comes each second, or with each step, is for who looks for it."""
+    if isinstance(fact, InnerStepDone | MembersSeen):
+        return "debug"
+    return "warning" if isinstance(fact, WARNINGS) else "info"
+
+
 def _concerned(message: Message) -> ActorName:
     """The machine that a message is for."""
     if isinstance(message, RoundMessage):
@@ -330,6 +363,13 @@ def _default_workload(config: Config) -> Workload:
     from prime_async.work.diloco import build_workload
 
     return build_workload(config.run, config.node, data_stream(read_key_file(config.node.key).id))
+
+
+def _open_station(config: Config, node_id: str) -> AbstractContextManager[Station]:
+    """Imported only where somebody wants to see the run."""
+    from prime_async.watch.station import open_station
+
+    return open_station(config, node_id)
 
 
 @asynccontextmanager
@@ -365,6 +405,8 @@ async def open_with(
         if transport is None:
             transport = await stack.enter_async_context(open_transport(config.node, workload, allow))
         node = Node(config, transport, workload, allow, stepping)
+        if config.node.dashboard or config.node.sinks:
+            node._station = stack.enter_context(_open_station(config, transport.id))
         ballot = await node._load()
         settings = machine_settings(config, transport, workload, ballot, node._restored.tip)
         recorder = None
