@@ -318,7 +318,7 @@ function draw() {
 function drawSoon() {
   if (!drawing) {
     drawing = true;
-    setTimeout(() => requestAnimationFrame(draw), 60);
+    setTimeout(draw, 60);
   }
 }
 
