@@ -21,6 +21,7 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
+from prime_async.cli.preflight import _dashboard
 from prime_async.cli.status import ask, status
 from prime_async.config.load import config_from
 from prime_async.errors import AddressInUseError, ConfigError, EnvironmentFault, ProtocolError
@@ -182,6 +183,31 @@ async def test_a_server_that_fails_is_logged_and_nothing_else_ends() -> None:
     with trio.fail_after(20), capture_logs() as said:
         await serve_until_cancelled(listener, application)
     assert [(line["event"], line["log_level"]) for line in said] == [("dashboard_failed", "error")]
+
+
+def test_check_tries_the_address_and_says_what_to_do(tmp_path: Path) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        [problem] = _dashboard(config(tmp_path, dashboard=address))
+    assert (problem.verdict, problem.subject) == ("problem", "dashboard")
+    assert "cannot listen" in problem.text
+    assert "Choose another port" in problem.fix
+    [good] = _dashboard(config(tmp_path, dashboard="127.0.0.1:0"))
+    assert good.verdict == "good"
+    assert list(_dashboard(config(tmp_path))) == []
+
+
+def test_a_mistake_in_what_is_shown_is_logged_once_and_does_not_reach_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(history: History, fact: Fact, at: float) -> bool:
+        raise KeyError(f"{fact} at {at} in {history.name}")
+
+    monkeypatch.setattr(History, "add", mistaken)
+    with open_station(config(tmp_path), "1") as made, capture_logs() as said:
+        made.add(STORY[0])
+        made.add(STORY[0])
+    assert [line["event"] for line in said] == ["dashboard_failed"]
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from prime_async.config.spec import run_id
 from prime_async.errors import ConfigError, PrimeAsyncError
 from prime_async.node.build import advertised_host, contacts_of
 from prime_async.transport.keys import read_key_file
+from prime_async.watch.station import open_listener
 
 CONNECT_TIMEOUT_S = 3.0
 MIB = 2**20
@@ -47,7 +48,7 @@ async def preflight(path: Path) -> list[Finding]:
 async def try_config(config: Config, name: str) -> list[Finding]:
     """All findings about the node of ``config``, which is called ``name`` in the first one."""
     findings = [_good("config", name)]
-    findings += [*_key(config), *_ports(config), *_address(config)]
+    findings += [*_key(config), *_ports(config), *_address(config), *_dashboard(config)]
     findings += await _contacts(config)
     findings += await trio.to_thread.run_sync(lambda: list(_machine(config)))
     return findings
@@ -133,6 +134,21 @@ def _address(config: Config) -> Iterator[Finding]:
         yield _good(
             "address", f"others are told to dial {host}; open ports {config.node.port} and {config.node.bulk_port}"
         )
+
+
+def _dashboard(config: Config) -> Iterator[Finding]:
+    address = config.node.dashboard
+    if not address:
+        return
+    try:
+        listener = open_listener(config)
+    except PrimeAsyncError as error:
+        what, _, fix = str(error).partition(". ")
+        yield _problem("dashboard", what, fix or "install it, or take node.dashboard away")
+        return
+    if listener is not None:
+        listener.close()
+        yield _good("dashboard", f"node.dashboard: {address} can be listened on")
 
 
 async def _contacts(config: Config) -> list[Finding]:

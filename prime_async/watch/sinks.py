@@ -7,6 +7,7 @@ one that fails is let go, and neither holds up the training.
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -111,6 +112,7 @@ class Feeder:
         self._open = open
         self._steps = self._steps_before = steps_before
         self._queue: deque[tuple[int, dict[str, float]]] = deque()
+        self._lock = threading.Lock()
 
     @property
     def waiting(self) -> int:
@@ -165,8 +167,14 @@ class Feeder:
         return not batch or await self._do(write)
 
     async def _do(self, work: Callable[[], None]) -> bool:
+        """In a thread. One that is abandoned goes on, and the next waits for it: a sink has one thread at a time."""
+
+        def alone() -> None:
+            with self._lock:
+                work()
+
         try:
-            await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(alone, abandon_on_cancel=True)
         except Exception as error:  # as above
             log.error("sink_failed", sink=self.name, error=str(error))
             self._queue.clear()

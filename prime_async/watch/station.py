@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -35,11 +35,19 @@ class Station:
         self.board = board
         self._listener = listener
         self._feeders = feeders
+        self._failed = False
 
     def add(self, fact: Fact) -> None:
-        self.board.add(fact)
-        for feeder in self._feeders:
-            feeder.add(fact)
+        """Never raises: what is shown of a run is no reason to end it."""
+        if self._failed:
+            return
+        try:
+            self.board.add(fact)
+            for feeder in self._feeders:
+                feeder.add(fact)
+        except Exception:  # a mistake of ours, whatever it is
+            self._failed = True
+            log.exception("dashboard_failed")
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -51,8 +59,15 @@ class Station:
                 from prime_async.watch.server import serve_until_cancelled, url_of
 
                 log.info("dashboard_at", url=url_of(self._listener))
-                nursery.start_soon(self.board.run)
+                nursery.start_soon(self._send)
                 nursery.start_soon(serve_until_cancelled, self._listener, build_app(self.board))
+
+    async def _send(self) -> None:
+        try:
+            await self.board.run()
+        except Exception:  # as above
+            self._failed = True
+            log.exception("dashboard_failed")
 
 
 @contextmanager
@@ -65,9 +80,10 @@ def open_station(config: Config, node_id: str) -> Iterator[Station]:
     name = node.name or node_id[:8]
     history = History(node_id, name)
     journal = Journal(node.directory / JOURNAL, history)
-    listener = _listener(config)
+    listener = open_listener(config)
     try:
-        node.directory.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # the journal says it, and the ledger ends the node if it has to
+            node.directory.mkdir(parents=True, exist_ok=True)
         journal.load()
         steps_before = history.mine.total("inner_steps") if history.mine is not None else 0
         about = _about(config, node_id, name)
@@ -80,7 +96,8 @@ def open_station(config: Config, node_id: str) -> Iterator[Station]:
             listener.close()
 
 
-def _listener(config: Config) -> socket.socket | None:
+def open_listener(config: Config) -> socket.socket | None:
+    """What ``node.dashboard`` listens on, if anything. Raises as :func:`open_station`."""
     if not config.node.dashboard:
         return None
     missing = [name for name in PACKAGES if find_spec(name) is None]
