@@ -26,9 +26,10 @@ from prime_async.errors import LogFormatError, ReplayMismatchError, StorageError
 from prime_async.machines.checkpoint import Checkpoint, CheckpointSettings
 from prime_async.machines.exchange import Exchange, ExchangeSettings
 from prime_async.machines.membership import Membership, MembershipSettings
+from prime_async.machines.own import Hosted, OwnActor
 from prime_async.machines.training import Training, TrainingSettings
-from prime_async.machines.vocabulary import ActorName, Effect, Event, Machine
-from prime_async.messages import encode
+from prime_async.machines.vocabulary import MACHINES, OWN, ActorName, Effect, Event, Machine
+from prime_async.messages import OwnName, encode
 from prime_async.words import Words
 
 log = structlog.get_logger(__name__)
@@ -64,6 +65,8 @@ class LogHeader(Struct, frozen=True, kw_only=True, tag_field="t", tag="log"):
     version: int
     node: str
     machines: MachineSettings
+    actors: tuple[OwnName, ...] = ()
+    """The names of the user's own."""
 
 
 class LogRecord(Struct, frozen=True, kw_only=True, tag_field="t", tag="step"):
@@ -72,7 +75,7 @@ class LogRecord(Struct, frozen=True, kw_only=True, tag_field="t", tag="step"):
     ``effects`` is the start of the BLAKE3 digest of the encoded list of effects.
     """
 
-    actor: ActorName
+    actor: Annotated[ActorName, Meta(pattern=rf"^({'|'.join(MACHINES)}|{OWN}[a-z][a-z0-9_]{{0,31}})\Z")]
     seq: Annotated[int, Meta(ge=0)]
     now: float
     event: Event
@@ -91,7 +94,7 @@ class LogWriter:
     process, not one of the machine.
     """
 
-    def __init__(self, path: Path, node: str, machines: MachineSettings) -> None:
+    def __init__(self, path: Path, node: str, machines: MachineSettings, actors: Sequence[OwnName] = ()) -> None:
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -99,7 +102,7 @@ class LogWriter:
         self._end = weakref.finalize(self, os.close, self._fd)
         self._path = path
         self._broken = False
-        self._append(LogHeader(version=LOG_VERSION, node=node, machines=machines))
+        self._append(LogHeader(version=LOG_VERSION, node=node, machines=machines, actors=tuple(actors)))
 
     def record(self, actor: ActorName, seq: int, now: float, event: Event, effects: Sequence[Effect]) -> None:
         """Append one call of a machine. A disk that is full ends the log, with an error in it, and not the training."""
@@ -174,18 +177,29 @@ class ReplayedStep:
     effects: tuple[Effect, ...]
 
 
-def replay(log: MessageLog) -> Iterator[ReplayedStep]:
+def replay(log: MessageLog, actors: Sequence[OwnActor] = ()) -> Iterator[ReplayedStep]:
     """Drive fresh machines with the recorded events, and yield what each call gives.
 
-    Raises :class:`ReplayMismatchError` at the first call whose effects are not the recorded ones.
+    ``actors``: the user's own that the log has. What they would have done is not done.
+
+    Raises :class:`ReplayMismatchError` at the first call whose effects are not the recorded ones, and
+    :class:`LogFormatError` if one of the log's actors is not among ``actors``.
     """
-    machines = log.header.machines.build()
+    machines: dict[ActorName, Machine] = log.header.machines.build()
+    own = {actor.name: actor for actor in actors}
+    for name in log.header.actors:
+        if name not in own:
+            raise LogFormatError(
+                f"the log has events of the actor {name}, which is not one of ours: name the function that makes it, "
+                "with `prime-async replay --own module:function`, or give it to replay()"
+            )
+        machines[OWN + name] = Hosted(own[name], log.header.node)
     counts: dict[ActorName, int] = dict.fromkeys(machines, 0)
     for index, record in enumerate(log.records):
         where = f"event {index}, number {record.seq} of {record.actor}, {type(record.event).__name__}"
-        if counts[record.actor] != record.seq:
-            raise ReplayMismatchError(f"{where}: number {counts[record.actor]} is missing from the log", index)
-        counts[record.actor] += 1
+        if counts.get(record.actor) != record.seq:
+            raise ReplayMismatchError(f"{where}: number {counts.get(record.actor, 0)} is missing from the log", index)
+        counts[record.actor] = record.seq + 1
         try:
             effects = machines[record.actor].handle(record.now, record.event)
         except Exception as error:

@@ -536,12 +536,29 @@ class Holdings(Struct, frozen=True, kw_only=True, tag_field="t", tag="holdings")
     snapshots: Annotated[tuple[Count, ...], Meta(max_length=256)] = ()
 
 
+# --- actors of users --------------------------------------------------------------------------------------------------
+
+MAX_OWN_BYTES: Final = 1 << 16
+OwnName: TypeAlias = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}\Z")]
+
+
+class Own(Struct, frozen=True, kw_only=True, tag_field="t", tag="own"):
+    """From a user's own actor to that of the same name on another node.
+
+    ``body``: a message of its own kinds, encoded as all messages are.
+    """
+
+    actor: OwnName
+    body: Annotated[bytes, Meta(max_length=MAX_OWN_BYTES)]
+
+
 Message: TypeAlias = (
     Hello | Welcome | Redirect | Refuse | Heartbeat | HeartbeatAck | Propose | Accepted | AskView | ViewUpdate
     | PreVote | Support | Prepare | Promise | Outvoted | Goodbye | AskRoster | Roster
     | AskRun | RunInfo | Vouch
     | Ready | Plan | Open | Ask | Held | Have | Behind
     | AskLedger | Holdings
+    | Own
 )  # fmt: skip
 """Every message of the control plane."""
 

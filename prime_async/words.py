@@ -50,6 +50,7 @@ EVENTS: Final[Mapping[type[Struct], str]] = {
     v.ContributionFixed: "our contribution to round {round} is fixed, {weight} tokens",
     v.ContributionTaken: "some of our contribution to round {round} was taken",
     v.MeansCommitted: "the means of round {round} are committed, and here",
+    v.Told: "its program says {body}",
     v.Leave: "leave [{at_once}at once]<after the round>",
     v.Fetched: "{key} came from {peer}",
     v.FetchFailed: "{key} did not come from {peer}: {fault}",
@@ -87,6 +88,7 @@ EFFECTS: Final[Mapping[type[Struct], str]] = {
     v.KeyToLetIn: "puts key {key} of {name} on the list, as {peer} asks",
     v.StoreBallot: "stores ballot {seq}: {ballot}",
     v.Fail: "gives up ({kind}): {text}",
+    v.Perform: "has its program do {body}",
     v.Finish: "has left the run",
     v.Fetch: "fetches {key} from {peer}",
     v.CancelFetches: "abandons all its fetches",
@@ -152,6 +154,7 @@ MESSAGES: Final[Mapping[type[Struct], str]] = {
     m.Held: "for round {round}, ({epoch}, {attempt}), I hold [{means}]<no means>",
     m.Have: "I have all means of round {round}, ({epoch}, {attempt}): {digest} for state {state}",
     m.Behind: "you are behind, the run is at round {round}",
+    m.Own: "to the actor {actor}: {body}",
     m.AskLedger: "what do you have on disk?",
     m.Holdings: "I have {round} rounds, means from {means_from} on, and the snapshots [{snapshots}]<none>",
 }

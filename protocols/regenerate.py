@@ -88,6 +88,7 @@ from prime_async.machines.vocabulary import (
     StateAt,
     StepsDone,
     Tick,
+    Told,
     ViewChanged,
     WakeAt,
     Weighed,
@@ -126,6 +127,7 @@ from prime_async.messages import (
     Missing,
     Open,
     Outvoted,
+    Own,
     Plan,
     Prepare,
     PreVote,
@@ -541,6 +543,8 @@ def control_cases() -> list[tuple[str, Any]]:
         ("vouch", Vouch(key=B, name="bert")),
         ("holdings", Holdings(round=12, means_from=3, snapshots=(0, 10))),
         ("holdings_without_a_snapshot", Holdings(round=12, means_from=12)),
+        ("own", Own(actor="tally", body=b"\xa1\x64type\x64ping")),
+        ("own_most", Own(actor="t" + "9_" * 15 + "y", body=bytes(65536))),
         ("holdings_most", Holdings(round=MOST, means_from=MOST, snapshots=(MOST,) * 256)),
     ]
 
@@ -700,6 +704,8 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
     have = Have(round=1, epoch=1, attempt=0, state=D0, digest=D1, incarnation=1)
     holdings = Holdings(round=12, means_from=3)
     return [
+        ("own_without_a_name", "an actor's name has a letter first", encode(Own(actor="9", body=b"")), False),
+        ("own_with_too_much", "a body of 65537 bytes", encode(Own(actor="tally", body=bytes(65537))), False),
         # What is not one item, or cut off.
         ("trailing_byte", "a byte after the message", READY + b"\x00", True),
         ("two_messages", "a second message after the first", READY + READY, True),
@@ -1006,6 +1012,8 @@ def machine_settings() -> MachineSettings:
 
 
 def actor_of(message: Message) -> ActorName:
+    if isinstance(message, Own):
+        return f"own/{message.actor}"
     if isinstance(message, LedgerMessage):
         return "checkpoint"
     return "exchange" if isinstance(message, RoundMessage) else "membership"
@@ -1042,6 +1050,8 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("membership", Progress(inner_steps=500)),
         ("membership", Measured(figures=FIGURES)),
         ("membership", AskAgain()),
+        ("own/tally", ViewChanged(view=VIEW)),
+        ("own/tally", Told(body=b"\xa1\x64type\x65count")),
         ("checkpoint", FetchState()),
         ("training", Halt()),
         ("checkpoint", Halted()),

@@ -265,6 +265,8 @@ def _strategy(kind: mi.Type, name: str) -> st.SearchStrategy[Any]:
             return st.floats() if name == "loss" else st.floats(min_value=0)
         case mi.BoolType():
             return st.booleans()
+        case mi.StrType(pattern=str(pattern)):
+            return st.from_regex(re.compile(pattern, re.ASCII))
         case mi.StrType():
             low, high = kind.min_length or int(kind.max_length is None), kind.max_length or 64
             at_bound = st.sampled_from(["a", "é", "\U0001f980"]).map(lambda c: c * high)

@@ -166,6 +166,25 @@ def test_friends_in_two_processes_average_a_tensor(tmp_path: Path) -> None:
     assert [friend.returncode for friend in friends] == [0, 0], said
 
 
+def test_a_users_own_actor_runs_beside_ours_and_its_log_replays(tmp_path: Path) -> None:
+    """Given the README's actor on a node that records, when two rounds are done, then it is replayed."""
+    (tmp_path / "hello.py").write_text(block("python", "OwnActor"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(prime_async.__file__).parent.parent)}
+    settings = ["run.rounds=2", "run.sequence_length=16", "run.round.inner_steps=1", "run.inner.batch_size=1"]
+    settings += ["node.host=127.0.0.1", "node.port=0", "node.bulk_port=0", "node.record=messages.log"]
+
+    def python(*words: str) -> str:
+        run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return str(run([sys.executable, *words], timeout=LIMIT_S).stdout)
+
+    python("-m", "prime_async", "init", ".", *(f"--set={s}" for s in settings))
+    said = python("hello.py")
+    replayed = python("-m", "prime_async", "replay", "messages.log", "--own", "hello:hello")
+
+    assert "Show(text='round 0 is over')" in said
+    assert "own/hello" in replayed
+
+
 def test_every_command_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"prime-async ([a-z]+)", README))
     said = subprocess.run(

@@ -111,6 +111,9 @@ class JournalTransport:
     def send(self, peer: str, message: Message) -> bool:
         return self._inner.send(peer, message)
 
+    def accuse(self, peer: str, reason: str) -> None:
+        self._inner.accuse(peer, reason)
+
     def serve(self, provider: Provider) -> None:
         self._inner.serve(provider)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Sequence
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +19,8 @@ from prime_async.comparison import Comparison, compare
 from prime_async.errors import ConfigError
 from prime_async.log import MessageLog, ReplayedStep, read_log, words_of
 from prime_async.log import replay as replay_log
-from prime_async.machines.vocabulary import ActorName
+from prime_async.machines.own import OwnActor
+from prime_async.machines.vocabulary import MACHINES, OWN, ActorName
 
 EXIT_APART = 1
 NUMBER = Number(gte=0)
@@ -30,6 +34,7 @@ def replay(
     from_: Annotated[int, Parameter(name="--from", validator=NUMBER)] = 0,
     until: Annotated[int | None, Parameter(validator=NUMBER)] = None,
     actor: ActorName | None = None,
+    own: tuple[str, ...] = (),
     against: Path | None = None,
 ) -> int:
     """Drive the machines of a recorded node again, and compare every effect.
@@ -48,6 +53,8 @@ def replay(
         Show no event before this number; they are driven all the same.
     until
         Drive no event after this number.
+    own
+        A function that makes an actor of your own, as "module:function"; for each that the log has events of.
     actor
         Show the events of this machine alone.
     against
@@ -56,11 +63,13 @@ def replay(
     """
     if until is not None and until < from_:
         raise ConfigError([f"--until {until} is before --from {from_}: give the smaller number to --from"])
+    if actor is not None and actor not in MACHINES and not actor.startswith(OWN):
+        raise ConfigError([f"--actor {actor}: give one of {', '.join(MACHINES)}, or {OWN}NAME for one of your own"])
     recorded = read_log(log)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if against is not None:
         return _compare(log, against, recorded)
-    _drive(console, log, recorded, _Shown(show, from_, until, actor))
+    _drive(console, log, recorded, _Shown(show, from_, until, actor), [load_actor(name) for name in own])
     return 0
 
 
@@ -75,12 +84,31 @@ class _Shown:
         return self._show and step.index >= self._first and self._actor in (None, step.record.actor)
 
 
-def _drive(console: Console, path: Path, log: MessageLog, shown: _Shown) -> None:
+def load_actor(name: str) -> OwnActor:
+    """The actor that the function ``module:function`` makes. Raises :class:`ConfigError` if there is no such function.
+
+    The current folder is looked in, too, as Python does it for a program there.
+    """
+    module, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        actor = getattr(import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            [f"--own {name}: give it as module:function, in a module that Python finds: {error}"]
+        ) from error
+    if not isinstance(actor, OwnActor):
+        raise ConfigError([f"--own {name}: the function gives {actor!r}, and not an OwnActor"])
+    return actor
+
+
+def _drive(console: Console, path: Path, log: MessageLog, shown: _Shown, actors: Sequence[OwnActor]) -> None:
     words = words_of(log)
     calls: Counter[str] = Counter()
     effects = 0
     began = log.records[0].now if log.records else 0.0
-    for step in islice(replay_log(log), None if shown.last is None else shown.last + 1):
+    for step in islice(replay_log(log, actors), None if shown.last is None else shown.last + 1):
         record = step.record
         calls[record.actor] += 1
         effects += len(step.effects)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import prime_async.node
 from prime_async.config.schema import Config
 from prime_async.guest.side import TrioSide, trio_side
 from prime_async.machines.facts import Fact
+from prime_async.machines.own import OwnActor
 from prime_async.node.events import EventStream
 from prime_async.node.meter import Meter
 from prime_async.node.node import Node
@@ -86,23 +88,33 @@ class GuestNode:
         """From the loop's own thread, as all of asyncio."""
         self._node.stop(at_once=at_once)
 
+    def tell(self, actor: str, event: Any) -> None:
+        self._node.tell(actor, event)
+
+    @property
+    def ignored_messages(self) -> int:
+        return self._node.ignored_messages
+
     async def wait(self) -> None:
         await self._side.run(self._node.wait)
 
 
 @asynccontextmanager
 async def open_node(
-    config: Config, *, transport: Transport | None = None, workload: Workload | None = None
+    config: Config,
+    *,
+    transport: Transport | None = None,
+    workload: Workload | None = None,
+    actors: Sequence[OwnActor] = (),
 ) -> AsyncIterator[GuestNode]:
     """Run a node for as long as the block lasts, in asyncio: :func:`prime_async.open_node`, with its promises.
 
-    ``transport``, if it is given, is one of trio's.
+    ``transport``, if it is given, is one of trio's. What ``actors`` have performed is called in trio's tasks, in the
+    same thread.
 
     If the node cannot go on, the block is cancelled and the node's error is raised. Where the block is not left then,
     as in a web server that goes on without its node, ``node.events`` have ended.
     """
-    async with (
-        trio_side() as side,
-        side.holding(prime_async.node.open_node(config, transport=transport, workload=workload)) as node,
-    ):
+    opened = prime_async.node.open_node(config, transport=transport, workload=workload, actors=actors)
+    async with trio_side() as side, side.holding(opened) as node:
         yield GuestNode(side, node)

@@ -6,7 +6,7 @@ happened; an effect says what is to be done, and its docstring names the event t
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 from msgspec import Struct
 
@@ -14,7 +14,10 @@ from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import Fact
 from prime_async.messages import ChunkInfo, ChunkKey, Commit, Figures, Message, Record, View
 
-ActorName: TypeAlias = Literal["membership", "exchange", "checkpoint", "training"]
+ActorName: TypeAlias = str
+"""One of ``MACHINES``, or that of a user's own actor, with ``OWN`` before it."""
+MACHINES: Final = ("membership", "exchange", "checkpoint", "training")
+OWN: Final = "own/"
 
 # --- events -----------------------------------------------------------------------------------------------------
 
@@ -351,13 +354,19 @@ class LedgerFailed(Struct, frozen=True, kw_only=True, tag="ledger_failed"):
     text: str
 
 
+class Told(Struct, frozen=True, kw_only=True, tag="told"):
+    """To a user's own actor, from this node's program. ``body``: an event of its own kinds, encoded."""
+
+    body: bytes
+
+
 Event: TypeAlias = (
     Tick | Heard | DoorClosed | Offended | Reached | BallotStored | StateAt | RunAt | ViewChanged | CommitReady
     | Weighed | Progress | Measured | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed
     | ContributionTaken | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured | Encoded
     | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
     | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
-    | SnapshotStored | LedgerFailed | LetIn
+    | SnapshotStored | LedgerFailed | LetIn | Told
 )  # fmt: skip
 """Everything that can happen to a machine."""
 
@@ -675,12 +684,19 @@ class Keep(Struct, frozen=True, kw_only=True, tag="keep"):
     means_from: int
 
 
+class Perform(Struct, frozen=True, kw_only=True, tag="perform"):
+    """Of a user's own actor: do what only its program knows. ``body``: an effect of its own kinds, encoded."""
+
+    body: bytes
+
+
 Effect: TypeAlias = (
     WakeAt | Report | Tell | Send | Dial | ConnectMembers | KeyToLetIn | StoreBallot | Fail | Finish | Fetch
     | CancelFetches | CancelFetch | AdoptMean | Settle | Reduce | Forget
     | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | TakeBack | Evaluate | Restore | Save
     | ImportChunk | EndImport | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk
     | StoreRecord | AdoptRound | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
+    | Perform
 )  # fmt: skip
 """Everything that a machine can ask for."""
 

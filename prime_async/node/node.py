@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import structlog
@@ -23,7 +23,7 @@ from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import Stepping, TrainingActor
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
-from prime_async.errors import NonFiniteError, PrimeAsyncError, RefusedError
+from prime_async.errors import LocalError, NonFiniteError, PrimeAsyncError, ProtocolError, RefusedError
 from prime_async.ledger import BallotFile, RemoteCopy, Restored
 from prime_async.log import LogWriter, MachineSettings
 from prime_async.machines.ballot import Ballot
@@ -49,8 +49,10 @@ from prime_async.machines.facts import (
     SteppedDown,
     StillAsking,
 )
+from prime_async.machines.own import Hosted, OwnActor, read, write
 from prime_async.machines.units import to_ms
 from prime_async.machines.vocabulary import (
+    OWN,
     ActorName,
     ContributionTaken,
     DoorClosed,
@@ -59,12 +61,17 @@ from prime_async.machines.vocabulary import (
     Fail,
     Heard,
     Leave,
+    Machine,
     Measured,
     Offended,
+    Perform,
     Reached,
+    Send,
     StateAt,
+    Told,
+    ViewChanged,
 )
-from prime_async.messages import AskRun, AskView, Figures, LedgerMessage, Message, RoundMessage, ViewUpdate
+from prime_async.messages import AskRun, AskView, Figures, LedgerMessage, Message, Own, RoundMessage, ViewUpdate
 from prime_async.node.allow import AllowList
 from prime_async.node.build import (
     allow_list,
@@ -104,6 +111,23 @@ class Performer(Protocol):
         ...
 
 
+class OwnPerformer:
+    """Performs the effects of a user's own actor."""
+
+    def __init__(self, actor: OwnActor, transport: Transport) -> None:
+        self._actor = actor
+        self._transport = transport
+
+    def perform(self, effect: Effect) -> None:
+        match effect:
+            case Send(peer=peer, message=message):
+                self._transport.send(peer, message)
+            case Perform(body=body):
+                self._actor.perform(read(self._actor, "effects", body))
+            case _:
+                raise TypeError(f"an actor of a user does not have {type(effect).__name__} performed")
+
+
 class Node:
     """One node of a run. Made by :func:`open_node`."""
 
@@ -114,8 +138,11 @@ class Node:
         workload: Workload,
         allow: AllowList,
         stepping: Stepping | None = None,
+        actors: Sequence[OwnActor] = (),
     ) -> None:
         self.config = config
+        self.ignored_messages = 0
+        """Those to actors that this node does not have."""
         self.events = EventStream()
         self._gauge = Gauge(config.node.witness)
         self.stopping = False
@@ -123,6 +150,7 @@ class Node:
         self._workload = workload
         self._allow = allow
         self._stepping = stepping
+        self._own = {actor.name: actor for actor in actors}
         self._log = log.bind(node=config.node.name or transport.id[:8])
         self._store = ChunkStore()
         self._runners: dict[ActorName, Runner] = {}
@@ -175,10 +203,26 @@ class Node:
         """Until the node has left the run: it was stopped, or has done all rounds."""
         await self._finished.wait()
 
+    def tell(self, actor: str, event: Any) -> None:
+        """Give one of the user's own actors an event of its own kinds. It is handled soon.
+
+        Raises :class:`LocalError` for an actor that this node does not have, and an event that is none of its kinds.
+        """
+        if actor not in self._own:
+            known = ", ".join(self._own) or "none"
+            raise LocalError(f"this node has no actor {actor}, it has {known}: give it to open_node(actors=[...])")
+        self._post(OWN + actor, Told(body=write(self._own[actor], "events", event)))
+
     # --- wiring -------------------------------------------------------------------------------------------------
 
     def _post(self, actor: ActorName, event: Event) -> None:
         self._runners[actor].post(event)
+
+    def _tell(self, actor: ActorName, event: Event) -> None:
+        self._post(actor, event)
+        if actor == "training" and isinstance(event, ViewChanged):
+            for name in self._own:
+                self._post(OWN + name, event)
 
     def _report(self, fact: Fact) -> None:
         fields = msgspec.to_builtins(fact)
@@ -207,9 +251,10 @@ class Node:
         self._allow.members = members
 
     def _build(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
-        machines = settings.build()
+        machines: dict[ActorName, Machine] = settings.build()
+        machines |= {OWN + name: Hosted(actor, self.id) for name, actor in self._own.items()}
         self._runners = {
-            name: Runner(name, machine, tell=self._post, report=self._report, recorder=recorder)
+            name: Runner(name, machine, tell=self._tell, report=self._report, recorder=recorder)
             for name, machine in machines.items()
         }
         keeper, runners = self._keeper, self._runners
@@ -261,6 +306,7 @@ class Node:
             "checkpoint": checkpoint,
             "training": training,
         }
+        actors |= {OWN + name: OwnPerformer(actor, self._transport) for name, actor in self._own.items()}
         for name, runner in self._runners.items():
             nursery.start_soon(runner.run, actors[name].perform, name=f"{name} of {self.id[:8]}")
 
@@ -276,6 +322,8 @@ class Node:
                     self._runners["membership"].offer(Heard(peer=peer, message=message))
                 else:
                     self._log.warning("message_of_an_invitation_ignored", peer=peer, message=type(message).__name__)
+            case Received(peer=peer, message=Own() as own):
+                self._on_own(peer, own)
             case Received(peer=peer, message=message):
                 self._runners[_concerned(message)].offer(Heard(peer=peer, message=message))
                 if isinstance(message, ViewUpdate | AskView):  # for both: a plan may refer to an older view
@@ -287,6 +335,19 @@ class Node:
             case Violation(peer=peer, plane=plane, reason=reason, count=count, shut_out=shut_out):
                 event = Offended(peer=peer, plane=plane, reason=reason[:1024], times=count, shut_out=shut_out)
                 self._runners["membership"].offer(event)
+
+    def _on_own(self, peer: str, own: Own) -> None:
+        """To a user's own actor, if this node has it."""
+        actor = self._own.get(own.actor)
+        if actor is None:
+            self.ignored_messages += 1
+            return
+        try:
+            read(actor, "messages", own.body)
+        except ProtocolError as error:
+            self._transport.accuse(peer, f"to the actor {own.actor}: {error}")
+        else:
+            self._runners[OWN + own.actor].offer(Heard(peer=peer, message=own))
 
     # --- from open to closed ------------------------------------------------------------------------------------
 
@@ -374,14 +435,19 @@ def _open_station(config: Config, node_id: str) -> AbstractContextManager[Statio
 
 @asynccontextmanager
 async def open_node(
-    config: Config, *, transport: Transport | None = None, workload: Workload | None = None
+    config: Config,
+    *,
+    transport: Transport | None = None,
+    workload: Workload | None = None,
+    actors: Sequence[OwnActor] = (),
 ) -> AsyncIterator[Node]:
     """Run a node for as long as the block lasts.
 
     It joins its run, or founds it, and trains in the background; iterate over ``node.events`` to watch it, and
     ``await node.wait()`` until it has left. ``transport`` and ``workload`` replace the real network, and the model
     and data of the configuration; by default both are made from ``config``. If ``node.directory`` holds an outer
-    state of this run, the node begins with it, and fetches only what it missed.
+    state of this run, the node begins with it, and fetches only what it missed. ``actors`` run beside ours: see
+    :mod:`prime_async.machines.own`.
 
     Leaving the block stops the node after the inner step that is under way, says goodbye, and saves the outer state.
     Cancelling it does the same without the goodbye. If the node cannot go on, the block is cancelled and one of these
@@ -391,20 +457,27 @@ async def open_node(
     """
     if workload is None:
         workload = await trio.to_thread.run_sync(_default_workload, config)
-    async with open_with(config, workload, transport=transport) as node:
+    async with open_with(config, workload, transport=transport, actors=actors) as node:
         yield node
 
 
 @asynccontextmanager
 async def open_with(
-    config: Config, workload: Workload, *, transport: Transport | None = None, stepping: Stepping | None = None
+    config: Config,
+    workload: Workload,
+    *,
+    transport: Transport | None = None,
+    stepping: Stepping | None = None,
+    actors: Sequence[OwnActor] = (),
 ) -> AsyncIterator[Node]:
     """As :func:`open_node`; ``stepping`` does the inner steps, if not the workload."""
+    if len({actor.name for actor in actors}) < len(actors):
+        raise LocalError(f"two actors have one name: {', '.join(sorted(actor.name for actor in actors))}")
     async with AsyncExitStack() as stack:
         allow = allow_list(config.node)
         if transport is None:
             transport = await stack.enter_async_context(open_transport(config.node, workload, allow))
-        node = Node(config, transport, workload, allow, stepping)
+        node = Node(config, transport, workload, allow, stepping, actors)
         if config.node.dashboard or config.node.sinks:
             node._station = stack.enter_context(_open_station(config, transport.id))
         ballot = await node._load()
@@ -412,7 +485,7 @@ async def open_with(
         recorder = None
         record_to = record_path(config, node.id)
         if record_to is not None:
-            recorder = stack.enter_context(closing(LogWriter(record_to, node.id, settings)))
+            recorder = stack.enter_context(closing(LogWriter(record_to, node.id, settings, list(node._own))))
         try:
             with single_errors(), node._scope:
                 async with trio.open_nursery() as nursery:

@@ -156,6 +156,10 @@ class Transport(Protocol):
         """
         ...
 
+    def accuse(self, peer: str, reason: str) -> None:
+        """A message that came from ``peer`` breaks a rule that this transport cannot know: it is a violation."""
+        ...
+
     def serve(self, provider: Provider) -> None:
         """Answer the gets of peers from ``provider``. Before this call, gets wait."""
         ...

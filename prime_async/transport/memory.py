@@ -344,6 +344,9 @@ class MemoryTransport:
         self.traffic.control_dropped += 1
         return False
 
+    def accuse(self, peer: str, reason: str) -> None:
+        self._inbox.violated(peer, "control", reason)
+
     def serve(self, provider: Provider) -> None:
         self._bulk.serve(provider)
 

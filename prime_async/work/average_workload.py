@@ -10,6 +10,7 @@ from torch import Tensor
 from prime_async.config.schema import ExchangeSettings
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.codec import make_codec
+from prime_async.work.reducers import make_reducer
 
 
 class Offer:
@@ -30,7 +31,8 @@ class AverageWorkload(BufferWorkload):
     def __init__(self, elements: int, exchange: ExchangeSettings, on_mean: Callable[[], None]) -> None:
         """``on_mean`` is called, in a worker thread, when the offer has its mean and another can be made."""
         codec, mean_codec = make_codec(exchange.codec), make_codec(exchange.codec_of_means)
-        super().__init__(torch.zeros(elements), exchange.chunk_elements, codec, mean_codec)
+        reducer = make_reducer(exchange.reduce, exchange.trim)
+        super().__init__(torch.zeros(elements), exchange.chunk_elements, codec, mean_codec, reducer)
         self.offer: Offer | None = None
         self._on_mean = on_mean
         self._counted = False

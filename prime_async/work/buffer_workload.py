@@ -14,6 +14,7 @@ from prime_async.machines.fragments import Fragments
 from prime_async.work.chunks import ChunkCodec, Chunks
 from prime_async.work.codec import Codec, as_bytes, as_tensor
 from prime_async.work.inner import Span
+from prime_async.work.reducers import Reducer, mean
 from prime_async.work.workload import Reduction, StepReport
 
 
@@ -24,11 +25,21 @@ class BufferWorkload:
     and of the BLAKE3 of each chunk, and changes at the end of a round or an import alone.
     """
 
-    def __init__(self, values: Tensor, chunk_elements: int, codec: Codec, mean_codec: Codec | None = None) -> None:
-        """``values``, fp32 (n,) on the host, is taken over and not copied. ``mean_codec``: of means, if another."""
+    def __init__(
+        self,
+        values: Tensor,
+        chunk_elements: int,
+        codec: Codec,
+        mean_codec: Codec | None = None,
+        reducer: Reducer = mean,
+    ) -> None:
+        """``values``, fp32 (n,) on the host, is taken over and not copied. ``mean_codec``: of means, if another.
+
+        ``reducer`` makes them.
+        """
         self.values = values
         self._chunks = Chunks(values.numel(), chunk_elements)
-        self._codec = ChunkCodec(codec, self._chunks, mean_codec=mean_codec)
+        self._codec = ChunkCodec(codec, self._chunks, mean_codec=mean_codec, reducer=reducer)
         self._round = 0
         self._digests = [self._hash(chunk) for chunk in range(self._chunks.count)]
         self._digest = self._combine()
