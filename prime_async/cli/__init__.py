@@ -6,6 +6,7 @@ import sys
 
 from cyclopts import App
 
+from prime_async.docs import page_of
 from prime_async.errors import ConfigError, PrimeAsyncError
 
 app = App(
@@ -33,6 +34,7 @@ app.command("prime_async.cli.bench:app", name="bench")
 app.command("prime_async.cli.simulate:simulate", name="simulate")
 app.command("prime_async.cli.lab:lab", name="lab")
 app.command("prime_async.cli.plan:plan", name="plan")
+app.command("prime_async.cli.docs:docs", name="docs")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -40,15 +42,23 @@ EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run a subcommand. What goes wrong on purpose is printed without a traceback, and ends with what to do."""
+    """Run a subcommand. What goes wrong on purpose is printed without a traceback, and ends with where to read more."""
     try:
-        sys.exit(app())
+        sys.exit(app(sys.argv[1:]))
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
+        _point_to_page(error)
         sys.exit(EXIT_USAGE)
     except PrimeAsyncError as error:
         print(f"error: {error}", file=sys.stderr)
+        _point_to_page(error)
         sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _point_to_page(error: PrimeAsyncError) -> None:
+    page = page_of(error)
+    if page is not None:
+        print(f"more: prime-async docs {page}", file=sys.stderr)
