@@ -195,10 +195,9 @@ def test_every_command_that_the_readme_names_exists() -> None:
     assert [name for name in named if f" {name} " not in said] == []
 
 
-def test_the_links_of_the_readme_lead_somewhere() -> None:
+def test_the_folders_that_the_readme_names_exist() -> None:
     root = Path(__file__).parent.parent
-    places = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
     paths = re.findall(r"`(prime_async/[a-z/]+)`", README)
 
-    assert places
-    assert [place for place in [*places, *paths] if not (root / place).exists()] == []
+    assert paths
+    assert [place for place in paths if not (root / place).exists()] == []
