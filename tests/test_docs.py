@@ -122,6 +122,8 @@ def test_every_command_in_a_block_is_run_here_or_has_a_reason_not_to_be() -> Non
     assert [(name, line) for name, line in shown if line not in RUN and not only_parsed(line)] == []
     assert set(RUN) <= {line for _, line in shown}, "run here, and shown nowhere"
     assert all(any(line.startswith(beginning) for _, line in shown) for beginning in PARSED)
+    instead = {test for reason in PARSED.values() for test in re.findall(r"tests/\w+\.py", reason)}
+    assert [test for test in instead if not (ROOT / test).is_file()] == []
 
 
 @pytest.mark.parametrize(("name", "line"), [*dict.fromkeys([*blocks(), *mentions()])])
