@@ -56,7 +56,8 @@ class MeanRecord(Struct, frozen=True, kw_only=True, tag_field="t", tag="mean"):
     """The mean of ``chunk`` that ``node`` settled, under the number by which it had it; (0, 0): it came as settled.
 
     ``contributors`` and ``total_weight``: of the header. ``members`` are those that the bitmap is over, with the
-    ``weights`` of the plan; empty if the node did not know them. ``reduce`` and ``trim``: how the run makes means.
+    ``weights`` of the plan; empty if the node did not know them. ``reduce`` and ``trim``: how the means of the round
+    are made.
     """
 
     node: str
@@ -86,12 +87,16 @@ class AuditFolder:
     missing.
     """
 
-    def __init__(self, path: Path, node: str, exchange: ExchangeSettings, chunks: Chunks) -> None:
-        """``exchange``: of the run. ``chunks``: how it divides the vector."""
+    def __init__(self, path: Path, node: str, exchange: ExchangeSettings, chunks: Chunks, sync_rounds: int = 0) -> None:
+        """``exchange``: of the run. ``chunks``: how it divides the vector.
+
+        ``sync_rounds``: its first so many rounds have plain means.
+        """
         self._path = path
         self._node = node
         self._exchange = exchange
         self._chunks = chunks
+        self._sync_rounds = sync_rounds
         self._broken = False
 
     def contribution(self, key: ChunkKey, payload: memoryview) -> None:
@@ -125,7 +130,7 @@ class AuditFolder:
             epoch=key.epoch,
             attempt=key.attempt,
             codec=self._exchange.codec_of_means,
-            reduce=self._exchange.reduce,
+            reduce="mean" if key.round < self._sync_rounds else self._exchange.reduce,
             trim=self._exchange.trim,
             elements=self._chunks.size(key.chunk),
             contributors=info.contributors,

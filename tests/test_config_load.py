@@ -273,6 +273,36 @@ def test_whatever_text_a_file_has_the_answer_is_a_configuration_or_its_problems(
             "run.rounds: expected more than run.outer.warmup_rounds (0) for run.outer.schedule, got 0",
         ),
         (
+            {
+                "run__outer__schedule": "linear",
+                "run__outer__warmup_rounds": 3,
+                "run__warmup_sync_steps": 5,
+                "run__rounds": 8,
+            },
+            "run.rounds: expected more than run.warmup_sync_steps (5) and run.outer.warmup_rounds (3) together for "
+            "run.outer.schedule, got 8",
+        ),
+        (
+            {"run__warmup_sync_steps": 5, "run__rounds": 5},
+            "run.rounds: expected more than run.warmup_sync_steps (5), which are rounds of the run, or 0 for no end, "
+            "got 5",
+        ),
+        (
+            {"run__warmup_sync_steps": 5, "run__mode": "streaming"},
+            'run.warmup_sync_steps: expected 0 since run.mode is "streaming": such a round exchanges all weights, and '
+            "not one of run.fragments; got 5",
+        ),
+        (
+            {"run__warmup_sync_steps": 5, "run__round__seconds": 60},
+            "run.warmup_sync_steps: expected 0 since run.round.seconds is 60.0: it goes with run.round.inner_steps "
+            "alone; got 5",
+        ),
+        (
+            {"run__warmup_sync_steps": 5, "run__exchange__codec": "topk", "run__exchange__error_feedback": True},
+            'run.warmup_sync_steps: expected 0 since run.exchange.codec is "topk", which sends a 64th of what an inner '
+            "step changes; got 5",
+        ),
+        (
             {"run__mode": "streaming", "run__fragments": 3},
             "run.fragments: expected a number that divides run.round.inner_steps (100), so that all rounds are equally "
             "long, got 3",
@@ -315,6 +345,8 @@ def test_settings_that_do_not_go_together_are_told_so(settings: dict[str, Any], 
         {"run": {"name": "x", "round": {"seconds": 60}, "rounds": 7, "inner": {"schedule": "constant"}}},
         {"run": {"name": "x", "data": "tokens", "vocab_size": 32000}, "node": {"witness": True}},
         {"run": {"name": "x", "straggler_timeout_s": 0}},
+        {"run": {"name": "x", "warmup_sync_steps": 2**20, "mode": "eager"}},
+        {"run": {"name": "x", "warmup_sync_steps": 5, "rounds": 6, "outer": {"schedule": "linear"}}},
         {"run": {"name": "x"}, "node": {"port": 0, "bulk_port": 0, "micro_batch_size": 16}},
         {"run": {"name": "x"}, "node": {"allow": ["any", KEY], "join": [f"{KEY}@[::1]:7"], "host": "::"}},
     ],

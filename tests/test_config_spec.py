@@ -13,7 +13,7 @@ from prime_async.config.schema import ExchangeSettings, InnerSettings, RoundSett
 from prime_async.config.spec import flatten, literal, run_id
 from prime_async.messages import Hello, Member, Message, decode, encode
 
-GOLDEN = "3c2aec26a5753358aaf92ee3d74e8a430d53434b0fb363e00e8632caf8b5779e"
+GOLDEN = "f61269873251954fbece472d83b82dfa1221ec1733fe4b9783e6a2b93fb24fbe"
 
 
 def run_of(text: str) -> RunSpec:

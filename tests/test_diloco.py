@@ -65,7 +65,9 @@ def run_spec(
 
 def tiny_workload(run: RunSpec, stream: int) -> DilocoWorkload:
     trainer = InnerTrainer(build_llama(TINY, run.seed), open_shakespeare(run.seed), run, Device.open("cpu"), stream)
-    outer = OuterState(trainer.flat.clone(), run.exchange.chunk_elements, run.outer, run.fragment_count)
+    outer = OuterState(
+        trainer.flat.clone(), run.exchange.chunk_elements, run.outer, run.fragment_count, 0, run.warmup_sync_steps
+    )
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     return DilocoWorkload(
         trainer,
@@ -84,7 +86,7 @@ def tiny_witness(run: RunSpec) -> OuterWorkload:
     model = build_llama(TINY, run.seed)
     spans = list_spans(model)
     theta = torch.cat([model.get_parameter(span.name).detach().flatten() for span in spans])
-    outer = OuterState(theta, run.exchange.chunk_elements, run.outer)
+    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, 1, 0, run.warmup_sync_steps)
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     return OuterWorkload(outer, spans, codec, mean_codec=mean_codec)
 
@@ -112,7 +114,7 @@ def exchange(nodes: Sequence[Workload], weights: Sequence[int] | None = None) ->
         payloads = [encoded(node, chunk) for node in nodes]
         mean = memoryview(bytearray(nodes[0].mean_bytes(chunk)))
         owner = nodes[chunk % len(nodes)]
-        made = owner.reduce(chunk, payloads, weights or [1] * len(nodes), mean)
+        made = owner.reduce(chunk, payloads, weights or [1] * len(nodes), mean, owner.round)
         assert made.left_out == []
         for node, payload in zip(nodes, payloads, strict=True):
             node.apply(chunk, mean[: made.size].toreadonly(), included=True, own=payload)
@@ -123,7 +125,8 @@ def committed(node: Workload, others: Sequence[Workload], included: bool = False
     """A round in which ``others`` contribute, applied by all. Returns the digest of ``node``."""
     for chunk in range(node.chunk_count):
         mean = memoryview(bytearray(node.mean_bytes(chunk)))
-        others[0].reduce(chunk, [encoded(other, chunk) for other in others], [1] * len(others), mean)
+        payloads = [encoded(other, chunk) for other in others]
+        others[0].reduce(chunk, payloads, [1] * len(others), mean, node.round)
         for other in others:
             other.apply(chunk, mean, included=True)
         node.apply(chunk, mean, included)
@@ -389,7 +392,7 @@ def test_node_that_was_left_out_keeps_its_progress_for_the_next_round() -> None:
         inside = [True, False, chunk % 2 == 0]
         payloads = [encoded(node, chunk) for node, yes in zip(nodes, inside, strict=True) if yes]
         mean = memoryview(bytearray(nodes[0].mean_bytes(chunk)))
-        nodes[0].reduce(chunk, payloads, [1] * len(payloads), mean)
+        nodes[0].reduce(chunk, payloads, [1] * len(payloads), mean, nodes[0].round)
         for node, yes in zip(nodes, inside, strict=True):
             node.apply(chunk, mean, included=yes)
     assert len({node.end_round() for node in nodes}) == 1
@@ -513,7 +516,7 @@ def test_chunks_may_be_worked_on_side_by_side() -> None:
         def chunk_round(chunk: int) -> None:
             payloads = [encoded(node, chunk) for node in nodes]
             mean = memoryview(bytearray(nodes[0].mean_bytes(chunk)))
-            nodes[0].reduce(chunk, payloads, [1, 1], mean)
+            nodes[0].reduce(chunk, payloads, [1, 1], mean, nodes[0].round)
             for node in nodes:
                 node.apply(chunk, mean, included=True)
 
@@ -631,7 +634,7 @@ def test_a_witness_makes_the_mean_that_others_make() -> None:
     payload = encoded(node, 1)
     means = [memoryview(bytearray(node.payload_bytes(1))) for _ in range(2)]
     for owner, mean in zip((node, witness), means, strict=True):
-        assert owner.reduce(1, [payload, payload[:-1]], [3, 4], mean).left_out == [1]
+        assert owner.reduce(1, [payload, payload[:-1]], [3, 4], mean, 0).left_out == [1]
     assert bytes(means[0]) == bytes(means[1])
 
 
@@ -753,7 +756,7 @@ def test_means_of_topk_are_sparse_and_equal_on_all_nodes_and_the_witness() -> No
         payloads = [[encoded(node, chunk) for node in nodes] for chunk in range(witness.chunk_count)]
         for chunk, of_chunk in enumerate(payloads):
             out = memoryview(bytearray(witness.mean_bytes(chunk)))
-            mean = out[: witness.reduce(chunk, of_chunk, [1, 1, 1], out).size]
+            mean = out[: witness.reduce(chunk, of_chunk, [1, 1, 1], out, witness.round).size]
             assert len(mean) < 0.15 * CHUNK
             assert all(node.check(chunk, mean) for node in (*nodes, witness))
             assert not witness.check(chunk, out), "what is behind the mean is not of it"

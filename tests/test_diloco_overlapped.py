@@ -51,7 +51,7 @@ def mean_of(node: Workload, contributions: Sequence[Sequence[memoryview]]) -> li
     means = []
     for place, chunk in enumerate(chunks(node)):
         out = memoryview(bytearray(node.mean_bytes(chunk)))
-        made = node.reduce(chunk, [c[place] for c in contributions], [1] * len(contributions), out)
+        made = node.reduce(chunk, [c[place] for c in contributions], [1] * len(contributions), out, node.round)
         assert made.left_out == []
         means.append(out[: made.size].toreadonly())
     return means

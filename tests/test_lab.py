@@ -66,6 +66,46 @@ def test_one_plain_step_per_round_and_an_outer_step_of_1_are_data_parallel_train
     assert (together.trainer.flat - start).abs().max() > 1e-2
 
 
+def momentum_of(team: Team) -> bytes:
+    workload = team.workers[0].workload
+    return b"".join(workload.export_state(c)[workload.state_bytes(c) // 2 :] for c in range(workload.chunk_count))
+
+
+def test_synchronous_steps_are_data_parallel_training_and_then_the_nodes_part() -> None:
+    """The outer optimiser, which would go elsewhere, begins after them, without a momentum."""
+    run = run_of(
+        inner=InnerSettings(optimizer="sgd", batch_size=2, learning_rate=0.3, warmup_steps=0, clip_norm=0),
+        outer=OuterSettings(learning_rate=0.7, momentum=0.9),
+        exchange=ExchangeSettings(codec="fp32", chunk_elements=2**16),
+        warmup_sync_steps=5,
+    )
+    team, together = Team(run, STREAMS), DataParallel(run, STREAMS)
+    start = together.trainer.flat.clone()
+    for _ in team.rounds(5):
+        together.train(1)
+        torch.testing.assert_close(weights_of(team), together.trainer.flat, rtol=0, atol=2e-6)
+    assert (together.trainer.flat - start).abs().max() > 1e-2
+    assert not any(momentum_of(team))
+    digests(team, 1)
+    together.train(H)
+    assert (weights_of(team) - together.trainer.flat).abs().max() > 1e-3
+    assert any(momentum_of(team))
+
+
+def test_synchronous_steps_are_the_same_in_every_mode_and_with_every_reducer() -> None:
+    """The first round after them begins with equal weights: without a delay it is blocking in overlapped, too."""
+    rda = ExchangeSettings(reduce="rda", chunk_elements=2**16)
+    blocking = digests(Team(run_of(warmup_sync_steps=2), STREAMS))
+    assert len(set(blocking)) == 4
+    assert digests(Team(run_of(warmup_sync_steps=2, mode="overlapped"), STREAMS)) == blocking
+    late = digests(Team(run_of(warmup_sync_steps=2, mode="overlapped"), STREAMS, delay=lambda worker, _: worker))
+    assert (late[:3], late[3] == blocking[3]) == (blocking[:3], False)
+    eager = digests(Team(run_of(warmup_sync_steps=2, mode="eager"), STREAMS, delay=lambda worker, _: worker))
+    assert (eager[:3], eager[3] == blocking[3]) == (blocking[:3], False)
+    reduced = digests(Team(run_of(warmup_sync_steps=2, exchange=rda), STREAMS))
+    assert (reduced[:2], reduced[2] == blocking[2]) == (blocking[:2], False)
+
+
 def test_streaming_with_one_fragment_and_no_delay_is_blocking_bit_for_bit() -> None:
     blocking = Team(run_of(), STREAMS)
     streaming = Team(run_of(mode="streaming", fragments=1), STREAMS)
@@ -142,10 +182,10 @@ def test_the_naive_delay_of_a_whole_round_loses() -> None:
 
 def delays_of(node: NodeProcess) -> dict[int, int]:
     """By round: the inner steps that it did between the boundary and the moment at which its local weights moved."""
-    return dict(_delays(node.directory / "node.log.cbor"))
+    return dict(delays_in(node.directory / "node.log.cbor"))
 
 
-def _delays(path: Path) -> Iterator[tuple[int, int]]:
+def delays_in(path: Path) -> Iterator[tuple[int, int]]:
     steps = 0
     for record in read_log(path).records:
         match record.event:
@@ -174,7 +214,8 @@ async def test_real_processes_compute_what_the_lab_computes_bit_for_bit(tmp_path
         "name": "lab",
         "model": "llama-360k",
         "sequence_length": 32,
-        "rounds": 5,
+        "rounds": 6,
+        "warmup_sync_steps": 0 if mode == "streaming" else 2,
         "min_members": 3,
         "mode": mode,
         "fragments": 2,
@@ -192,7 +233,7 @@ async def test_real_processes_compute_what_the_lab_computes_bit_for_bit(tmp_path
         for node in nodes:
             await node.until(lambda: node.has_ended)  # noqa: B023
     planned = [fact["contributors"] for fact in nodes[0].told("round_planned")]
-    assert planned == [3] * 5
+    assert planned == [3] * 6
     members = next(fact["members"] for fact in nodes[0].told("view_adopted") if len(fact["members"]) == 3)
     told = {fact["round"]: fact["state_digest"] for fact in nodes[0].told("round_finished")}
     ordered = sorted(nodes, key=lambda node: members.index(node.name))

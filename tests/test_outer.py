@@ -216,3 +216,30 @@ def test_a_step_has_the_rate_of_its_round() -> None:
         state.step(0, torch.ones(CHUNK), torch.empty(CHUNK))
         state.end_round()
         assert torch.equal(state.theta(0), torch.full((CHUNK,), expected))
+
+
+# --- synchronous rounds ---------------------------------------------------------------------------------------------
+
+
+def test_in_synchronous_rounds_the_weights_become_the_mean_and_nothing_of_them_is_left_in_the_momentum() -> None:
+    """Also if the run begins with a momentum; the schedule of the rate begins with the first usual round."""
+    settings = OuterSettings(learning_rate=0.5, momentum=0.5, warmup_rounds=2, schedule="linear")
+    theta, scratch = normal(CHUNK), torch.empty(CHUNK)
+    state = OuterState(theta.clone(), CHUNK, settings, 1, 6, 2)
+    state.import_chunk(0, memoryview(theta.numpy().tobytes() + normal(CHUNK, seed=9).numpy().tobytes()))
+    state.end_import(0)
+    for round in range(2):
+        expected = state.theta(0) - normal(CHUNK, seed=round)
+        preview = normal(CHUNK, seed=round)
+        state.preview(0, preview, scratch)
+        state.step(0, normal(CHUNK, seed=round), scratch)
+        state.end_round()
+        assert torch.equal(state.theta(0), expected)
+        assert torch.equal(preview, expected)
+        assert state.export_chunk(0)[4 * CHUNK :] == bytes(4 * CHUNK)
+    usual = OuterState(state.theta(0).clone(), CHUNK, settings, 1, 4)
+    for round in range(4):
+        for one in (state, usual):
+            one.step(0, normal(CHUNK, seed=round), scratch)
+            one.end_round()
+    assert state.chunk_digests == usual.chunk_digests

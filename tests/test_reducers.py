@@ -272,14 +272,14 @@ def made(reduce: ReducerName, codec: CodecName, vectors: Iterable[Vector], bad: 
     """The encoded mean of a chunk, as a node makes it; ``bad`` payloads come after the first."""
     vectors = list(vectors)
     n = len(vectors[0])
-    chunk = ChunkCodec(make_codec(codec), Chunks(n, 2**20), reducer=REDUCERS[reduce])
+    chunk = ChunkCodec(make_codec(codec), Chunks(n, 2**20))
     payloads = []
     for vector in vectors:
         payloads.append(memoryview(bytearray(chunk.payload_bytes(0))))
         chunk.encode(torch.from_numpy(vector.copy()), payloads[-1], torch.empty(n))
     payloads[1:1] = [memoryview(bytearray(b)) for b in bad]
     out = memoryview(bytearray(chunk.mean_bytes(0)))
-    reduced = chunk.reduce(0, payloads, [3] * len(payloads), out)
+    reduced = chunk.reduce(0, payloads, [3] * len(payloads), out, REDUCERS[reduce])
     assert reduced.left_out == list(range(1, 1 + len(bad)))
     assert chunk.is_valid(0, out)
     return bytes(out)

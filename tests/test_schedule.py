@@ -81,11 +81,16 @@ def test_the_schedule_ends_with_the_run_unless_it_is_told_when() -> None:
     assert total_steps(run) == 140
     assert total_steps(run.model_copy(update={"inner": InnerSettings(total_steps=99)})) == 99
     assert total_steps(run.model_copy(update={"rounds": 0})) == 0
+    assert total_steps(run.model_copy(update={"warmup_sync_steps": 5})) == 5 + 2 * 20
 
 
 def test_where_a_node_is_when_a_round_begins_follows_the_run() -> None:
     steps = RunSpec(name="x", rounds=7, round=RoundSettings(inner_steps=20), inner=InnerSettings(total_steps=99))
     assert pace(steps) == Pace(steps=20, batches=20)
+    assert [pace(steps).at(round) for round in (0, 1, 3)] == [(0, 0), (20, 20), (60, 60)]
+    warmed = pace(steps.model_copy(update={"warmup_sync_steps": 2}))
+    assert [warmed.at(round)[0] for round in range(5)] == [0, 1, 2, 22, 42]
+    assert [warmed.at(round)[1] for round in range(5)] == [0, 1, 2, 22, 42]
     clock = steps.model_copy(update={"round": RoundSettings(seconds=3.0)})
     assert pace(clock) == Pace(steps=14, batches=MAX_ROUND_STEPS)
     endless = clock.model_copy(update={"rounds": 0})

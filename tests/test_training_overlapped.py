@@ -324,3 +324,61 @@ def test_an_eager_node_gives_up_a_contribution_that_others_took() -> None:
     give(node, ContributionTaken(round=0), Halt(), done(steps=4, tokens=40))
     assert give(node, Begin(round=5)) == [GiveUp(round=0)]
     assert give(node, Restored()) == [RunSteps(round=5, steps=6)]
+
+
+# --- synchronous rounds ---------------------------------------------------------------------------------------------
+
+
+def warming(sync_rounds: int = 1, *, overlaps: bool = True, eager: bool = False) -> Training:
+    """It does the inner step of round 0."""
+    settings = TrainingSettings(me="n1", inner_steps=10, overlaps=overlaps, eager=eager, sync_rounds=sync_rounds)
+    node = Training(settings)
+    give(node, StateAt(round=0, digest=DIGEST, chain=FIRST_CHAIN), seen(), Begin(round=0))
+    assert of(RunSteps, give(node, Evaluated(loss=5.0))) == [RunSteps(round=0, steps=1)]
+    return node
+
+
+@pytest.mark.parametrize(("overlaps", "eager"), [(False, False), (True, False), (True, True)])
+def test_a_synchronous_round_is_one_step_and_nothing_goes_on_until_its_means_are_applied(
+    overlaps: bool, eager: bool
+) -> None:
+    node = warming(2, overlaps=overlaps, eager=eager)
+    for round in range(2):
+        assert of(Encode, give(node, done(steps=1, tokens=10))) == [Encode(round=round)]
+        effects = give(node, Encoded(round=round, finite=True))
+        assert told(effects, "exchange") == [ContributionFixed(round=round, weight=10)]
+        assert (node.phase, of(RunSteps, effects)) == ("idle", [])
+        assert give(node, means(round)) == [Apply(round=round, position=1)]
+        effects = give(node, applied(round + 1))
+        assert facts(RoundFinished, effects)
+        assert of(RunSteps, effects) == [RunSteps(round=round + 1, steps=10 if round else 1)]
+    assert of(Encode, give(node, done())) == [Encode(round=2, beside=overlaps, eager=eager)]
+    if overlaps:
+        assert of(RunSteps, give(node, Captured(round=2))) == [RunSteps(round=2, steps=10)]
+
+
+@pytest.mark.parametrize("sync_rounds", [1, 2])
+def test_who_misses_a_synchronous_round_contributes_its_step_to_the_next_at_once(sync_rounds: int) -> None:
+    """Whether that is a usual one or not."""
+    node = warming(sync_rounds)
+    assert of(StopSteps, give(node, means(position=-1))) == [StopSteps()]
+    assert of(Apply, give(node, done(steps=1, tokens=10))) == [Apply(round=0, position=-1)]
+    assert of(Encode, give(node, applied())) == [Encode(round=1, beside=sync_rounds == 1)]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_contribution_to_a_synchronous_round_that_others_took_is_given_up_with_the_local_weights(eager: bool) -> None:
+    """There is no note of what it was: as in mode blocking."""
+    node = warming(eager=eager)
+    give(node, done(steps=1), Encoded(round=0, finite=True), ContributionTaken(round=0), Halt())
+    assert give(node, Begin(round=5)) == [Restore()]
+    assert give(node, Restored()) == [RunSteps(round=5, steps=10)]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_contribution_to_a_synchronous_round_that_nobody_took_counts_in_a_later_one(eager: bool) -> None:
+    node = warming(eager=eager)
+    give(node, done(steps=1), Encoded(round=0, finite=True), Halt())
+    assert of(Encode, give(node, Begin(round=5))) == [Encode(round=5, beside=True, eager=eager)]
+    effects = give(node, Captured(round=5), Encoded(round=5, finite=True))
+    assert told(effects, "exchange") == [ContributionFixed(round=5, weight=100)]

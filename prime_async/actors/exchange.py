@@ -165,7 +165,7 @@ class ExchangeActor:
         out = self._tensors.buffers.take()[: workload.mean_bytes(chunk)]
         weights = dict(zip(reduce.contributors, reduce.weights, strict=True))
         given = tuple(payloads)
-        made = workload.reduce(chunk, list(payloads.values()), [weights[p] for p in given], out)
+        made = workload.reduce(chunk, list(payloads.values()), [weights[p] for p in given], out, reduce.key.round)
         out = out[: made.size]
         counted = [p for i, p in enumerate(given) if i not in made.left_out]
         place = {member: i for i, member in enumerate(reduce.members)}

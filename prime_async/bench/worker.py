@@ -58,9 +58,11 @@ class BenchWorkload(BufferWorkload):
         with self._journal.entry("encode"):
             super().encode(chunk, out)
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
+    def reduce(
+        self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview, round: int
+    ) -> Reduction:
         with self._journal.entry("reduce"):
-            return super().reduce(chunk, payloads, weights, out)
+            return super().reduce(chunk, payloads, weights, out, round)
 
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         with self._journal.entry("apply"):

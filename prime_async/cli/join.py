@@ -196,6 +196,8 @@ def _description(config: Config, speed: StepSpeed) -> str:
     rounds = (
         f"{steps} inner steps, about {_duration(steps * speed.seconds)} here" if steps else f"{run.round.seconds:g} s"
     )
+    if run.warmup_sync_steps:
+        rounds += f" (in each of the first {run.warmup_sync_steps:,} one step)"
     payload = make_codec(run.exchange.codec).payload_bytes(-(-speed.parameters // run.fragment_count))
     tokens_per_s = speed.tokens / speed.seconds
     until = f"it ends after {run.rounds} rounds" if run.rounds else "it goes on until it is stopped"

@@ -349,6 +349,17 @@ class RunSpec(Settings):
             "and lasts as many times shorter, so that each is exchanged once in round.inner_steps; no more than chunks",
         ),
     ] = 4
+    warmup_sync_steps: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=2**20,
+            description="the run begins with so many rounds of one inner step each, after which every node waits and "
+            "takes the mean of all weights: data-parallel training with sgd and clip_norm 0, and nearly so with adamw "
+            "and muon, where each node has moments of its own and clips by its own norm. They count in rounds; outer "
+            "and exchange.reduce begin after them. Not with mode streaming, round.seconds or codec topk",
+        ),
+    ] = 0
     min_members: Annotated[
         Positive,
         Field(
@@ -394,6 +405,10 @@ class RunSpec(Settings):
     def seconds_per_round(self) -> float:
         """Seconds from one contribution to the next; 0: they are :attr:`steps_per_round`."""
         return self.round.seconds / self.fragment_count
+
+    def is_synchronous(self, round: int) -> bool:
+        """Whether ``round`` is one of the first, of one inner step each (``warmup_sync_steps``)."""
+        return round < self.warmup_sync_steps
 
 
 class NodeSettings(Settings):
@@ -603,10 +618,37 @@ def _round_ends_in_one_way(config: Config) -> str | None:
 
 def _outer_schedule_has_an_end(config: Config) -> str | None:
     run = config.run
-    if run.outer.schedule == "constant" or run.rounds > run.outer.warmup_rounds:
+    if run.outer.schedule == "constant" or run.rounds > run.warmup_sync_steps + run.outer.warmup_rounds:
         return None
-    warmup = run.outer.warmup_rounds
-    return f"expected more than run.outer.warmup_rounds ({warmup}) for run.outer.schedule, got {run.rounds}"
+    warmup = f"run.outer.warmup_rounds ({run.outer.warmup_rounds})"
+    if run.warmup_sync_steps:
+        warmup = f"run.warmup_sync_steps ({run.warmup_sync_steps}) and {warmup} together"
+    return f"expected more than {warmup} for run.outer.schedule, got {run.rounds}"
+
+
+def _warmup_fits_the_exchange(config: Config) -> str | None:
+    run = config.run
+    if not run.warmup_sync_steps:
+        return None
+    if run.mode == "streaming":
+        why = 'run.mode is "streaming": such a round exchanges all weights, and not one of run.fragments'
+    elif run.round.seconds:
+        why = f"run.round.seconds is {run.round.seconds}: it goes with run.round.inner_steps alone"
+    elif run.exchange.codec == "topk":
+        why = 'run.exchange.codec is "topk", which sends a 64th of what an inner step changes'
+    else:
+        return None
+    return f"expected 0 since {why}; got {run.warmup_sync_steps}"
+
+
+def _run_outlasts_the_warmup(config: Config) -> str | None:
+    run = config.run
+    if not run.warmup_sync_steps or not run.rounds or run.rounds > run.warmup_sync_steps:
+        return None
+    return (
+        f"expected more than run.warmup_sync_steps ({run.warmup_sync_steps}), which are rounds of the run, or 0 for no "
+        f"end, got {run.rounds}"
+    )
 
 
 def _fragments_divide_the_round(config: Config) -> str | None:
@@ -725,7 +767,15 @@ def _topk_is_averaged(config: Config) -> str | None:
 RULES: Final = (
     Rule(("run.failure_timeout_s", "run.heartbeat_s"), _timeout_outlasts_heartbeats),
     Rule(("run.round.seconds", "run.round.inner_steps"), _round_ends_in_one_way),
-    Rule(("run.rounds", "run.outer.schedule", "run.outer.warmup_rounds"), _outer_schedule_has_an_end),
+    Rule(
+        ("run.rounds", "run.outer.schedule", "run.outer.warmup_rounds", "run.warmup_sync_steps"),
+        _outer_schedule_has_an_end,
+    ),
+    Rule(
+        ("run.warmup_sync_steps", "run.mode", "run.round.seconds", "run.exchange.codec"),
+        _warmup_fits_the_exchange,
+    ),
+    Rule(("run.rounds", "run.warmup_sync_steps"), _run_outlasts_the_warmup),
     Rule(("run.fragments", "run.round.inner_steps", "run.mode"), _fragments_divide_the_round),
     Rule(("run.inner.batch_size", "run.sequence_length", "run.round.inner_steps"), _round_weight_is_exact),
     Rule(

@@ -16,6 +16,7 @@ from prime_async.errors import NonFiniteError
 from prime_async.lab.methods import Method
 from prime_async.lab.team import DataParallel, LabError, Team
 from prime_async.work.corpus import Batch, Corpus, open_shakespeare
+from prime_async.work.schedule import pace
 
 Half: TypeAlias = Literal["tuning", "reported"]
 CURVE_POINTS = 20
@@ -129,18 +130,19 @@ def perform(job: Job) -> Outcome:
 
 
 def _train(job: Job, run: RunSpec, corpus: Corpus, curve: list[tuple[int, float]]) -> tuple[float, int]:
-    streams = range(job.workers)
-    every = max(1, run.rounds // CURVE_POINTS)
+    streams, steps_at = range(job.workers), pace(run).at
+    every = max(1, steps_at(run.rounds)[0] // run.steps_per_round // CURVE_POINTS) * run.steps_per_round
     if job.method.together:
         model = DataParallel(run, streams, corpus=corpus)
-        for round in range(1, run.rounds + 1):
+        for _ in range(run.rounds):
             model.train(run.steps_per_round)
-            if round % every == 0:
-                curve.append((round * run.steps_per_round, model.evaluate(CURVE_BATCHES)))
+            if model.step % every == 0:
+                curve.append((model.step, model.evaluate(CURVE_BATCHES)))
         return model.evaluate(None), 4 * model.trainer.flat.numel() * model.step
     delay = job.method.delay_steps(run)
     team = Team(run, streams, delay=lambda *_: delay, rounds_late=job.method.rounds_late, corpus=corpus)
     for round, _ in enumerate(team.rounds(run.rounds), 1):
-        if round % every == 0:
-            curve.append((round * run.steps_per_round, team.evaluate(CURVE_BATCHES)))
+        step, _ = steps_at(round)
+        if step % every == 0:
+            curve.append((step, team.evaluate(CURVE_BATCHES)))
     return team.evaluate(None), team.sent_bytes * run.rounds // run.fragment_count

@@ -14,14 +14,17 @@ from prime_async.errors import ConfigError
 class Method:
     """A way to train. ``run``: settings that differ from the experiment's. ``against``: what its loss is compared with.
 
-    ``delay``: share of H, the inner steps after which the same weights are exchanged again, that a worker does before
-    it applies a round's means. ``rounds_late``: as of :class:`~prime_async.lab.team.Team`. ``together``: data-parallel.
+    ``sync``: share of the rounds, and at least one, in whose place there are as many inner steps with a round each
+    (``run.warmup_sync_steps``). ``delay``: share of H, the inner steps after which the same weights are exchanged
+    again, that a worker does before it applies a round's means. ``rounds_late``: as of
+    :class:`~prime_async.lab.team.Team`. ``together``: data-parallel.
     """
 
     name: str
     about: str
     against: str = ""
     run: Mapping[str, Any] = field(default_factory=dict)
+    sync: float = 0.0
     delay: float = 0.0
     rounds_late: int = 0
     together: bool = False
@@ -35,7 +38,15 @@ class Method:
         run = RunSpec.model_validate(values)
         if run.round.inner_steps % run.fragment_count:
             raise ConfigError([f'method "{self.name}": inner steps must be a multiple of {run.fragment_count}'])
-        return run.model_copy(update={"rounds": base.rounds * run.fragment_count})
+        run = run.model_copy(update={"rounds": base.rounds * run.fragment_count})
+        return self._with_sync_steps(run) if self.sync else run
+
+    def _with_sync_steps(self, run: RunSpec) -> RunSpec:
+        replaced = max(1, round(self.sync * run.rounds))
+        if replaced >= run.rounds:
+            raise ConfigError([f'method "{self.name}": needs at least 2 rounds, of which one is of synchronous steps'])
+        steps = replaced * run.steps_per_round
+        return run.model_copy(update={"warmup_sync_steps": steps, "rounds": run.rounds - replaced + steps})
 
     def delay_steps(self, run: RunSpec) -> int:
         """Of each round: at most those of one."""
@@ -76,6 +87,12 @@ _ALL: Final = (
         against="blocking",
         run={"mode": "eager"},
         delay=1.0,
+    ),
+    Method(
+        name="warmup",
+        about="blocking, the first tenth data-parallel",
+        against="blocking",
+        sync=0.1,
     ),
     Method(name="naive", about="means a round late, without a correction", against="blocking", rounds_late=1),
     Method(name="fp32", about="blocking, fp32", against="data-parallel", run={"exchange.codec": "fp32"}),

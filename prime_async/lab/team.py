@@ -83,7 +83,7 @@ class Worker:
 
 
 class Team:
-    """The workers of a run in any mode; ``run`` is as for nodes.
+    """The workers of a run in any mode, with its synchronous rounds; ``run`` is as for nodes.
 
     They are nodes that are equally fast and never fail: the contributions to a round are those of all of them, in the
     order of ``streams``. ``rounds_late``: the means of a round are applied so many rounds later, in the place of that
@@ -134,10 +134,12 @@ class Team:
         return self.workers[0].workload.evaluate(batches)
 
     def _do_round(self, *, is_last: bool) -> bytes:
-        beside = self.run.overlaps
+        is_synchronous = self.run.is_synchronous(self.round)
+        steps = 1 if is_synchronous else self.run.steps_per_round
+        beside = self.run.overlaps and not is_synchronous
         for worker in self.workers:
-            worker.train(self.run.steps_per_round - worker.account.work.steps)
-        eager = self.run.mode == "eager"
+            worker.train(steps - worker.account.work.steps)
+        eager = self.run.mode == "eager" and not is_synchronous
         contributions = [worker.contribute(self.round, beside=beside, eager=eager) for worker in self.workers]
         weights = [worker.account.weight for worker in self.workers]
         means = self._reduce(contributions, weights)
@@ -160,7 +162,7 @@ class Team:
         for chunk in self.workers[0].workload.fragments.chunks(self.round):
             workload = self.workers[chunk % len(self.workers)].workload
             out = memoryview(bytearray(workload.mean_bytes(chunk)))
-            made = workload.reduce(chunk, [c[chunk] for c in contributions], weights, out)
+            made = workload.reduce(chunk, [c[chunk] for c in contributions], weights, out, self.round)
             if made.left_out:
                 raise LabError(f"in round {self.round} contributions to chunk {chunk} were not valid: {made.left_out}")
             means[chunk] = out[: made.size]

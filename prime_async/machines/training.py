@@ -12,6 +12,8 @@ The rules:
   noted, and the next inner steps go on at once. The outer step is taken beside them, and then the local weights are
   moved between two of them. A node waits only if it has a contribution again before the last one's round is over.
   ``eager``: they are moved at once, too, by an estimate of the outer step, which the outer step then corrects.
+* The first ``sync_rounds`` rounds are of one inner step each, and ``blocking`` in every mode, so that all nodes begin
+  the next one with the outer weights. No inner step of a later round runs before the last of them is over.
 * A contribution is so many inner steps, or those of so many seconds, and at least one. They are counted since the last
   contribution that was in a round. So are the tokens of each fragment, which are the weight: a node whose progress was
   in none of the means keeps all three, and contributes at once. A contribution that was in some chunks' means was in
@@ -96,7 +98,8 @@ class TrainingSettings(Struct, frozen=True, kw_only=True):
 
     A contribution is ``inner_steps``, or with 0 those of ``seconds``. A ``witness`` has none. ``overlaps``: inner steps
     go on while a contribution is exchanged; ``eager``: from an estimate of the outer step. ``fragments``: round r
-    exchanges fragment r mod ``fragments``.
+    exchanges fragment r mod ``fragments``. In the first ``sync_rounds`` rounds a contribution is one inner step, and
+    nothing overlaps.
     """
 
     me: str
@@ -109,6 +112,19 @@ class TrainingSettings(Struct, frozen=True, kw_only=True):
     overlaps: bool = False
     eager: bool = False
     fragments: int = 1
+    sync_rounds: int = 0
+
+    def steps_of(self, round: int) -> int:
+        """Inner steps of a contribution to ``round``; 0: those of ``seconds``."""
+        return 1 if round < self.sync_rounds else self.inner_steps
+
+    def overlaps_in(self, round: int) -> bool:
+        """Whether inner steps go on while contributions to ``round`` are exchanged."""
+        return self.overlaps and round >= self.sync_rounds
+
+    def eager_in(self, round: int) -> bool:
+        """Whether they do from an estimate."""
+        return self.eager and round >= self.sync_rounds
 
 
 @dataclass(slots=True)
@@ -233,15 +249,29 @@ class Training:
     @property
     def _exchange_needs_tensors(self) -> bool:
         """The same, and the local weights are needed for it."""
-        return self._exchange_is_busy and not self.settings.overlaps
+        return self._exchange_is_busy and not self._overlaps
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether inner steps go on while the open round is exchanged."""
+        return self.settings.overlaps_in(self.round)
+
+    @property
+    def _steps(self) -> int:
+        """Inner steps of the contribution that is being made; 0: those of some seconds.
+
+        Beside an exchange it is the one to the round after that.
+        """
+        offer = self.account.offer
+        return self.settings.steps_of(self.round if offer is None else offer.round + 1)
 
     def _apply_if_possible(self, out: list[Effect]) -> None:
         means = self._means_now
-        phases = ("idle", "stepping") if self.settings.overlaps else ("idle",)
+        phases = ("idle", "stepping") if self._overlaps else ("idle",)
         if means is not None and self.exchange in ("none", "offered") and self.phase in phases:
             self.exchange = "applying"
-            weight = self.account.weight if self.settings.eager else 0
-            out.append(Apply(round=self.round, position=means.position, beside=self.settings.overlaps, weight=weight))
+            weight = self.account.weight if self.settings.eager_in(self.round) else 0
+            out.append(Apply(round=self.round, position=means.position, beside=self._overlaps, weight=weight))
 
     @property
     def _means_now(self) -> MeansCommitted | None:
@@ -286,16 +316,16 @@ class Training:
             self._evaluate(out)
         elif self.account.work.complete:
             self._contribute(out)
-        elif self._steps_could_count and (self.settings.overlaps or self.exchange == "none"):
+        elif self._steps_could_count and (self._overlaps or self.exchange == "none"):
             self._run_steps(now, out)
 
     def _run_steps(self, now: float, out: list[Effect]) -> None:
         """Those that are missing to a contribution."""
         work = self.account.work
         self.phase, self.stopping = "stepping", False
-        steps = (self.settings.inner_steps or MAX_STEPS) - work.steps
+        steps = (self._steps or MAX_STEPS) - work.steps
         out.append(RunSteps(round=self.round, steps=max(steps, 1)))
-        if not self.settings.inner_steps:
+        if not self._steps:
             self.steps_until = now + max(self.settings.seconds - work.seconds, 0.0)
             out.append(WakeAt(at=self.steps_until))
 
@@ -309,9 +339,9 @@ class Training:
         if self.exchange != "none":
             return
         self.exchange = "encoding"
-        self.phase = "capturing" if self.settings.overlaps else "idle"
+        self.phase = "capturing" if self._overlaps else "idle"
         self.account.make_offer(self.round)
-        out.append(Encode(round=self.round, beside=self.settings.overlaps, eager=self.settings.eager))
+        out.append(Encode(round=self.round, beside=self._overlaps, eager=self.settings.eager_in(self.round)))
 
     def _merge(self, out: list[Effect]) -> None:
         self.phase = "merging"
@@ -347,7 +377,7 @@ class Training:
                 self._give_up(offer.round, out)
                 return
             self.account.take_back()
-            if self.settings.eager:
+            if self.settings.eager_in(offer.round):
                 self.phase = "restoring"
                 out.append(TakeBack(round=offer.round))
                 return
@@ -355,7 +385,7 @@ class Training:
 
     def _give_up(self, round: int, out: list[Effect]) -> None:
         self.phase = "restoring"
-        if self.settings.overlaps:
+        if self.settings.overlaps_in(round):
             self.account.use_up()
             out.append(GiveUp(round=round))
         else:
@@ -366,7 +396,7 @@ class Training:
 
     def _on_tick(self, now: float, out: list[Effect]) -> None:
         """The seconds of a contribution are over, if it is still being made."""
-        if self.phase != "stepping" or self.settings.inner_steps:
+        if self.phase != "stepping" or self._steps:
             return
         if now < self.steps_until:
             out.append(WakeAt(at=self.steps_until))
@@ -379,7 +409,7 @@ class Training:
         self.training_s += done.seconds
         self.account.add(done.steps, done.tokens, done.seconds)
         work = self.account.work
-        if not self.stopping or 0 < self.settings.inner_steps <= work.steps:
+        if not self.stopping or 0 < self._steps <= work.steps:
             work.complete = True
         self.phase = "idle"
         out.append(Tell(actor="membership", event=Progress(inner_steps=self.steps_done)))
@@ -391,7 +421,7 @@ class Training:
         if means.round < self.round:
             return
         self.means = means
-        if self._means_now and not self.settings.overlaps:
+        if self._means_now and not self._overlaps:
             self._stop_steps(out)
         self._go_on(now, out)
 
@@ -424,7 +454,7 @@ class Training:
     def _on_applied(self, now: float, round: int, digest: bytes, out: list[Effect]) -> None:
         """The outer weights are those of the next round."""
         assert self.means is not None
-        counted, chain = self.means.position >= 0, self.means.chain
+        counted, chain, moves_later = self.means.position >= 0, self.means.chain, self._overlaps
         if counted:
             tokens = self.account.use_up()
         else:
@@ -438,9 +468,9 @@ class Training:
             exchange_s=to_ms(now - self.encoded_at) if self.encoded_at else 0.0,
         )
         self.round, self.means, self.encoded_at = round, None, 0.0
-        self.exchange = "applied" if self.settings.overlaps else "none"
+        self.exchange = "applied" if moves_later else "none"
         at = StateAt(round=round, digest=digest, chain=chain)
-        if not self.settings.overlaps:
+        if not moves_later:
             self._report_round(out)
         out += [Tell(actor=actor, event=at) for actor in ("checkpoint", "exchange", "membership")]
         self._stop_steps(out)

@@ -79,8 +79,9 @@ def audit_folder(config: Config, node_id: str, workload: Workload) -> AuditFolde
     """Where the node writes its contributions and means, if it is to."""
     if config.node.audit is None:
         return None
-    exchange = config.run.exchange
-    return AuditFolder(config.node.audit, node_id, exchange, Chunks(workload.elements, exchange.chunk_elements))
+    run, exchange = config.run, config.run.exchange
+    chunks = Chunks(workload.elements, exchange.chunk_elements)
+    return AuditFolder(config.node.audit, node_id, exchange, chunks, run.warmup_sync_steps)
 
 
 def record_path(config: Config, node_id: str) -> Path | None:  # noqa: ARG001
@@ -203,5 +204,6 @@ def machine_settings(
             overlaps=run.overlaps and not node.witness,
             eager=run.mode == "eager" and not node.witness,
             fragments=workload.fragments.count,
+            sync_rounds=run.warmup_sync_steps,
         ),
     )

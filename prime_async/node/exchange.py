@@ -137,8 +137,8 @@ async def open_exchange(config: Config, elements: int, *, transport: Transport |
     """Average tensors of ``elements`` numbers with the other members of a run, for as long as the block lasts.
 
     Of ``config`` everything counts that is about the network, members, failures, the exchange and its codec; the model,
-    the data, the optimisers, the mode and the end of the run do not. ``run.min_members`` is how many friends a mean has
-    at least. ``elements`` is part of the run: who comes with another number is refused.
+    the data, the optimisers, the mode, and how the run begins and ends do not. ``run.min_members`` is how many friends
+    a mean has at least. ``elements`` is part of the run: who comes with another number is refused.
 
     Leaving the block, cancellation and errors: as with :func:`prime_async.open_node`. The newest mean is kept in
     ``node.directory``, for those who join.
@@ -146,7 +146,8 @@ async def open_exchange(config: Config, elements: int, *, transport: Transport |
     if elements < 1:
         raise ConfigError([f"an exchange of {elements} elements: give the number of elements of your tensors"])
     changes = {"model": f"vector-{elements}", "mode": "blocking", "rounds": 0, "round": RoundSettings(inner_steps=1)}
-    config = config.model_copy(update={"run": config.run.model_copy(update=changes)})
+    run = config.run.model_copy(update=changes | {"warmup_sync_steps": 0})
+    config = config.model_copy(update={"run": run})
     friends = await trio.to_thread.run_sync(Friends, config, elements)
     async with open_with(config, friends.workload, transport=transport, stepping=friends) as node:
         friends._node = node

@@ -93,7 +93,9 @@ def scripted_workload(run: RunSpec, trainer: ScriptedTrainer) -> DilocoWorkload:
     Raises :class:`~prime_async.errors.ConfigError` if the run has more fragments than the trainer has chunks.
     """
     exchange = run.exchange
-    outer = OuterState(trainer.flat.clone(), exchange.chunk_elements, run.outer, run.fragment_count, run.rounds)
+    outer = OuterState(
+        trainer.flat.clone(), exchange.chunk_elements, run.outer, run.fragment_count, run.rounds, run.warmup_sync_steps
+    )
     return DilocoWorkload(
         trainer,
         outer,

@@ -13,11 +13,11 @@ class SimulationSettings:
     """The run, the network and the disks. Times are uniform between the two numbers of a pair.
 
     ``fragments``: a round exchanges one of so many. ``seconds`` above 0: a round's training lasts so long, instead of
-    ``inner_steps``. ``step_s``: of an inner step, ``step_s_of`` for single nodes. ``overlaps``, ``eager``: as of a
-    training machine. ``loss`` and ``doubled`` are chances per control message; ``latency_s`` is that of a message or of
-    a chunk, beside its transfer. ``bytes_per_s_of``: bandwidth of single nodes, each way; without it a transfer takes
-    no time. ``snapshot_every``, ``keep_snapshots``, ``keep_rounds``: as in ``[node]``. ``measured``: messages are
-    encoded, for their bytes to be counted.
+    ``inner_steps``. ``step_s``: of an inner step, ``step_s_of`` for single nodes. ``overlaps``, ``eager``,
+    ``sync_rounds``: as of a training machine. ``loss`` and ``doubled`` are chances per control message; ``latency_s``
+    is that of a message or of a chunk, beside its transfer. ``bytes_per_s_of``: bandwidth of single nodes, each way;
+    without it a transfer takes no time. ``snapshot_every``, ``keep_snapshots``, ``keep_rounds``: as in ``[node]``.
+    ``measured``: messages are encoded, for their bytes to be counted.
     """
 
     chunk_count: int = 3
@@ -29,6 +29,7 @@ class SimulationSettings:
     straggler_timeout_s: float = 0.0
     overlaps: bool = False
     eager: bool = False
+    sync_rounds: int = 0
     heartbeat_s: float = 1.0
     failure_timeout_s: float = 10.0
     fetch_timeout_s: float = 60.0

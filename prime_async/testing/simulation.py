@@ -195,6 +195,7 @@ class Simulation:
                 overlaps=s.overlaps and not witness,
                 eager=s.eager and not witness,
                 fragments=s.fragments,
+                sync_rounds=s.sync_rounds,
             ),
         )
         node = SimNode(id=name, settings=settings, machines=settings.build(), disk=disk)

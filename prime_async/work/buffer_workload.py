@@ -39,7 +39,8 @@ class BufferWorkload:
         """
         self.values = values
         self._chunks = Chunks(values.numel(), chunk_elements)
-        self._codec = ChunkCodec(codec, self._chunks, mean_codec=mean_codec, reducer=reducer)
+        self._codec = ChunkCodec(codec, self._chunks, mean_codec=mean_codec)
+        self._reducer = reducer
         self._round = 0
         self._digests = [self._hash(chunk) for chunk in range(self._chunks.count)]
         self._digest = self._combine()
@@ -86,8 +87,15 @@ class BufferWorkload:
         with self._codec.work_on(chunk) as (scratch, _):
             self._codec.encode(self._view(chunk), out, scratch)
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
-        return self._codec.reduce(chunk, payloads, weights, out)
+    def reduce(
+        self,
+        chunk: int,
+        payloads: Sequence[memoryview],
+        weights: Sequence[int],
+        out: memoryview,
+        round: int,  # noqa: ARG002
+    ) -> Reduction:
+        return self._codec.reduce(chunk, payloads, weights, out, self._reducer)
 
     def check(self, chunk: int, payload: memoryview) -> bool:
         return self._codec.is_valid(chunk, payload)

@@ -58,15 +58,13 @@ class ChunkCodec:
         chunks: Chunks,
         allocate: Callable[[int], Tensor] = torch.empty,
         mean_codec: Codec | None = None,
-        reducer: Reducer = mean,
     ) -> None:
-        """``mean_codec``: of means, if not ``codec``. ``reducer`` makes them.
+        """``mean_codec``: of means, if not ``codec``.
 
         ``allocate(n)`` makes scratch, fp32 (n,) on the host: pinned, if a device copies into it.
         """
         self._codec = codec
         self._mean_codec = mean_codec or codec
-        self._reducer = reducer
         self._chunks = chunks
         self._scratch = ScratchPool(min(chunks.chunk_elements, chunks.elements), allocate)
 
@@ -111,10 +109,15 @@ class ChunkCodec:
         with torch_threads(1):
             return self._mean_codec.check(as_tensor(payload), self._chunks.size(chunk)) is None
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
+    def reduce(
+        self,
+        chunk: int,
+        payloads: Sequence[memoryview],
+        weights: Sequence[int],
+        out: memoryview,
+        reducer: Reducer = mean,
+    ) -> Reduction:
         """As :func:`weighted_mean`."""
         with self.work_on(chunk) as scratch:
             tensors = [as_tensor(p) for p in payloads]
-            return weighted_mean(
-                self._codec, tensors, weights, as_tensor(out), scratch, self._mean_codec, self._reducer
-            )
+            return weighted_mean(self._codec, tensors, weights, as_tensor(out), scratch, self._mean_codec, reducer)

@@ -126,10 +126,15 @@ class DilocoWorkload(OuterWorkload):
     *By fragments*: all of this for the chunks of one fragment in each round; x moves on in the others meanwhile. A
     fragment is exchanged every ``fragments.count`` rounds.
 
-    Where an inner step is in the schedule follows the run: at the beginning of round r it is at least at r times
-    ``Pace.steps``, and never goes back while there is progress. So a node that is slow, or was away, has the rate that
-    the others have. Batches go on likewise, and none is given twice: not even after ``restore``, where the schedule
-    begins the round again.
+    *In the first rounds of ``run.warmup_sync_steps``* the form is that of one after the other, whatever comes later.
+    Each is one inner step, after which all nodes have the mean of their weights. With plain SGD and without clipping
+    that is data-parallel training, to rounding (and what the codec drops). With AdamW or Muon it is not quite: each
+    node goes by the moments of its own gradients, which it keeps, and clips by their norm.
+
+    Where an inner step is in the schedule follows the run: at the beginning of round r it is at least where
+    ``Pace.at(r)`` says, and never goes back while there is progress. So a node that is slow, or was away, has the rate
+    that the others have. Batches go on likewise, and none is given twice: not even after ``restore``, where the
+    schedule begins the round again.
 
     ``encode`` after ``capture``, ``reduce``, ``check``, ``apply_beside`` and ``export_state`` may run beside ``train``.
     All methods of a chunk may run for different chunks at once. ``train``, ``evaluate``, ``restore`` run alone, and
@@ -183,8 +188,9 @@ class DilocoWorkload(OuterWorkload):
             self._next_batch += 1
             on_step(report)
 
-        self._next_step = max(self._next_step, self.round * self._pace.steps)
-        self._next_batch = max(self._next_batch, self.round * self._pace.batches)
+        first_step, first_batch = self._pace.at(self.round)
+        self._next_step = max(self._next_step, first_step)
+        self._next_batch = max(self._next_batch, first_batch)
         self._moves += 1  # also if the first step ends in an error
         with torch_threads(self._threads):
             self.trainer.train(self._next_step, steps, count, self._next_batch)
@@ -456,7 +462,9 @@ def open_diloco(run: RunSpec, node: NodeSettings, stream: int, corpus: Corpus | 
     theta = torch.empty(trainer.flat.numel())
     trainer.device.to_host(trainer.flat, theta)
     trainer.device.synchronize()
-    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds)
+    outer = OuterState(
+        theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds, run.warmup_sync_steps
+    )
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     threads = node.threads or usable_cores()
     return DilocoWorkload(

@@ -36,6 +36,9 @@ class OuterState:
 
     ``lr`` follows ``learning_rate``; with fragments a round moves one of them, the others stay as they are.
 
+    In the first ``sync_rounds`` rounds theta becomes the mean of the nodes' weights, ``theta - g``, and m is 0. The
+    schedule of ``lr`` begins after them.
+
     Methods may be called from any thread. A chunk has a lock of its own: who exports it sees it before or after a step,
     never between. ``round`` and the digest change in ``end_round`` and ``end_import`` alone.
 
@@ -44,7 +47,13 @@ class OuterState:
     """
 
     def __init__(
-        self, theta: Tensor, chunk_elements: int, settings: OuterSettings, fragments: int = 1, rounds: int = 0
+        self,
+        theta: Tensor,
+        chunk_elements: int,
+        settings: OuterSettings,
+        fragments: int = 1,
+        rounds: int = 0,
+        sync_rounds: int = 0,
     ) -> None:
         """``theta``, fp32 (n,) on the host, is taken over and not copied. ``rounds``: where the schedule ends.
 
@@ -63,6 +72,7 @@ class OuterState:
         self._momentum = torch.zeros_like(theta)
         self._settings = settings
         self._rounds = rounds
+        self._sync_rounds = sync_rounds
         self._mu = float(np.float32(settings.momentum))
         self._locks = [threading.Lock() for _ in range(self.chunks.count)]
         self._digests = [self._hash(chunk) for chunk in range(self.chunks.count)]
@@ -74,6 +84,10 @@ class OuterState:
     def round(self) -> int:
         """Outer steps taken."""
         return self._round
+
+    def is_synchronous(self, round: int) -> bool:
+        """Whether in ``round`` the weights become the plain mean of the nodes' weights."""
+        return round < self._sync_rounds
 
     @property
     def digest(self) -> bytes:
@@ -105,12 +119,16 @@ class OuterState:
             if chunk in self._changed:
                 raise LocalError(f"chunk {chunk} was applied twice in round {self._round}: apply each mean once")
             self._changed.add(chunk)
-            momentum.mul_(self._mu)
-            momentum.add_(gradient)
-            torch.mul(momentum, self._mu, out=scratch)
-            scratch.add_(gradient)
-            scratch.mul_(self._rate)
-            theta.sub_(scratch)
+            if self.is_synchronous(self._round):
+                momentum.zero_()
+                theta.sub_(gradient)
+            else:
+                momentum.mul_(self._mu)
+                momentum.add_(gradient)
+                torch.mul(momentum, self._mu, out=scratch)
+                scratch.add_(gradient)
+                scratch.mul_(self._rate)
+                theta.sub_(scratch)
             self._digests[chunk] = self._hash(chunk)
 
     def preview(self, chunk: int, gradient: Tensor, scratch: Tensor) -> None:
@@ -119,6 +137,9 @@ class OuterState:
         Both fp32 (elements of the chunk,). Not rounded in the very order of ``step``: an estimate.
         """
         with self._locks[chunk]:
+            if self.is_synchronous(self._round):
+                torch.sub(self.theta(chunk), gradient, out=gradient)
+                return
             torch.mul(self._momentum[self.chunks.span(chunk)], self._mu, out=scratch)
             scratch.add_(gradient).mul_(self._mu)
             gradient.add_(scratch).mul_(-self._rate).add_(self.theta(chunk))
@@ -126,7 +147,8 @@ class OuterState:
     @property
     def _rate(self) -> float:
         """Of the round that is open, as fp32 has it."""
-        return float(np.float32(learning_rate(self._round, self._settings, self._rounds)))
+        round, rounds = self._round - self._sync_rounds, self._rounds - self._sync_rounds
+        return float(np.float32(learning_rate(round, self._settings, rounds)))
 
     def end_round(self) -> bytes:
         """Count the round, once every chunk of it was moved. Returns the digest."""

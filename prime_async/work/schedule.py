@@ -10,13 +10,20 @@ from prime_async.config.schema import MAX_ROUND_STEPS, InnerSettings, RunSpec
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Where a node is at the beginning of round r, however many steps it did itself: at r times these.
+    """Where a node is at the beginning of round r, however many steps it did itself.
 
-    ``steps``: of the schedule. ``batches``: of its data stream.
+    ``steps``: of the schedule, that a round has. ``batches``: of its data stream. The first ``sync_rounds`` rounds have
+    one of both.
     """
 
     steps: int
     batches: int
+    sync_rounds: int = 0
+
+    def at(self, round: int) -> tuple[int, int]:
+        """The steps and batches before ``round``."""
+        first = min(round, self.sync_rounds)
+        return first + (round - first) * self.steps, first + (round - first) * self.batches
 
 
 def pace(run: RunSpec) -> Pace:
@@ -27,13 +34,15 @@ def pace(run: RunSpec) -> Pace:
     steps that a round can have, so that none comes again, also after a restart.
     """
     if run.steps_per_round:
-        return Pace(run.steps_per_round, run.steps_per_round)
+        return Pace(run.steps_per_round, run.steps_per_round, run.warmup_sync_steps)
     return Pace(total_steps(run) // run.rounds if run.rounds else 0, MAX_ROUND_STEPS)
 
 
 def total_steps(run: RunSpec) -> int:
     """Inner steps at which the schedule ends; 0: not known, for the run has no end, or rounds end with the clock."""
-    return run.inner.total_steps or run.rounds * run.steps_per_round
+    if run.inner.total_steps or not run.steps_per_round:
+        return run.inner.total_steps
+    return pace(run).at(run.rounds)[0]
 
 
 def learning_rate(step: int, settings: InnerSettings, total_steps: int) -> float:

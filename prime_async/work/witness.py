@@ -40,11 +40,13 @@ class OuterWorkload:
     ) -> None:
         """``spans``: where each parameter lies. ``mean_codec``: of means, if not ``codec``. ``reducer`` makes them.
 
-        ``allocate(n)`` makes scratch on the host, as in ``ChunkCodec``.
+        In synchronous rounds of ``outer`` it is :func:`mean`. ``allocate(n)`` makes scratch on the host, as in
+        ``ChunkCodec``.
         """
         self._outer = outer
         self._spans = spans
-        self._codec = ChunkCodec(codec, outer.chunks, allocate, mean_codec, reducer)
+        self._codec = ChunkCodec(codec, outer.chunks, allocate, mean_codec)
+        self._reducer = reducer
 
     @property
     def elements(self) -> int:
@@ -83,8 +85,11 @@ class OuterWorkload:
         """Raises :class:`LocalError`: there is nothing to contribute."""
         raise LocalError("a witness contributes nothing: set node.witness = false on a node that trains")
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
-        return self._codec.reduce(chunk, payloads, weights, out)
+    def reduce(
+        self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview, round: int
+    ) -> Reduction:
+        reducer = mean if self._outer.is_synchronous(round) else self._reducer
+        return self._codec.reduce(chunk, payloads, weights, out, reducer)
 
     def check(self, chunk: int, payload: memoryview) -> bool:
         return self._codec.is_valid(chunk, payload)
@@ -177,7 +182,9 @@ def outer_workload(run: RunSpec, theta: Tensor, spans: Sequence[Span]) -> OuterW
     """The outer state of a run that begins with ``theta`` (n,) fp32 on the host, which is taken over."""
     codec, mean_codec = make_codec(run.exchange.codec), make_codec(run.exchange.codec_of_means)
     reducer = make_reducer(run.exchange.reduce, run.exchange.trim)
-    outer = OuterState(theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds)
+    outer = OuterState(
+        theta, run.exchange.chunk_elements, run.outer, run.fragment_count, run.rounds, run.warmup_sync_steps
+    )
     return OuterWorkload(outer, spans, codec, mean_codec=mean_codec, reducer=reducer)
 
 

@@ -86,8 +86,12 @@ class Workload(Protocol):
         """
         ...
 
-    def reduce(self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview) -> Reduction:
+    def reduce(
+        self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview, round: int
+    ) -> Reduction:
         """Write the encoded mean of ``payloads``, weighted or otherwise, into ``out``: the same bytes on every node.
+
+        They are contributions to ``round``, which is not always the one that this node's state is at.
 
         ``out`` has ``mean_bytes(chunk)``; the mean may be shorter. Payloads that are not valid (wrong size, or not
         finite) are left out, and their weights do not count. With nothing left the mean is zero.
