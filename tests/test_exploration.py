@@ -29,6 +29,12 @@ def test_runs_go_on_after_whatever_goes_wrong(block: int) -> None:
     explore(range(SEEDS_PER_BLOCK * block, SEEDS_PER_BLOCK * (block + 1)))
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "streaming"])
+def test_runs_that_begin_with_synchronous_rounds_go_on_after_whatever_goes_wrong(mode: str) -> None:
+    """Before, in, and after the round that ends them."""
+    explore(range(300_000, 300_025), lambda seed: run_schedule(seed, mode, sync_rounds=1 + seed % 8))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("block", range(400))
 def test_many_more_runs_go_on(block: int) -> None:

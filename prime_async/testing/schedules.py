@@ -306,16 +306,24 @@ def mode_settings(settings: SimulationSettings, mode: str) -> SimulationSettings
 
 
 def run_schedule(
-    seed: int, mode: str = "", *, record: bool = False, disturbances: int = 5, spoils: bool = True
+    seed: int,
+    mode: str = "",
+    *,
+    record: bool = False,
+    disturbances: int = 5,
+    spoils: bool = True,
+    sync_rounds: int = 0,
 ) -> Chaos:
     """Some disturbances; then all is well, and everybody must be active and three rounds further in good time.
 
     In one of ``MODES``; without ``mode`` they take turns with the seeds. ``spoils``: inner steps may end in NaN.
+    ``sync_rounds``: the first so many are of one inner step each, which goes with all modes but ``streaming``.
     """
     chance, to_spoil = random.Random(seed), random.Random(f"spoils {seed}")
     mode = mode or MODES[seed % len(MODES)]
     nodes = chance.randint(2, 5)
-    simulation = Simulation(nodes, seed, mode_settings(random_settings(chance), mode))
+    settings = replace(mode_settings(random_settings(chance), mode), sync_rounds=sync_rounds)
+    simulation = Simulation(nodes, seed, settings)
     if record:
         simulation.record()
     chaos = Chaos(simulation, Properties(simulation).watch(), chance)
