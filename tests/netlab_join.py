@@ -1,13 +1,11 @@
-"""How fast a node joins over links of given rates: ``python -m tests.netlab_join``, a JSON line. Needs root.
-
-Three providers with an uplink each, a joiner with a downlink; the model's inner steps sleep, so that the CPUs are free.
-The providers keep no means but the last, so the joiner fetches a snapshot, 8 bytes per parameter. The rate is what came
-divided by the time from the joiner's first question to the state of the run, reading and hashing included.
+"""What joining and catching up cost over given links: ``python -m tests.netlab_join``, JSON lines. Needs root.
 
 With ``--slow-down``, one provider trains on a core of its own, without sleeping, and the links and the joiner have
 another: how much slower its inner steps are while the joiner fetches its state at the rate of the uplink.
 
-With ``--missed``, a member is cut off for so many rounds instead, and what it fetches afterwards is counted.
+With ``--missed``, a member is cut off for so many rounds, and what it fetches afterwards is counted.
+
+(How fast a node joins: ``prime-async bench join``.)
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 WIDTH = 16_384
 """Of the model by default; the environment of the nodes can say another (``--width``)."""
 WIDTH_VARIABLE = "PRIME_ASYNC_JOIN_WIDTH"
-ROUND_S = 30.0
 PACE_S = 0.5
 """Of an inner step, long enough that the two cores of a small machine have time for four nodes and the links."""
 RUN: dict[str, Any] = {
@@ -58,38 +55,6 @@ def wide_model(run: RunSpec, vocab_size: int) -> nn.Module:
     pace_s = float(os.environ.get(PACE_VARIABLE, PACE_S))
     model.register_forward_pre_hook(lambda module, _: time.sleep(pace_s) if module.training else None)
     return model
-
-
-async def measure_join(up_mbit: float, down_mbit: float, rtt_ms: float) -> dict[str, Any]:
-    links = Links(hosts=4, rate_mbit=up_mbit, delay_ms=rtt_ms / 2)
-    run = merged(RUN, {"round": {"seconds": ROUND_S, "inner_steps": 0}, "inner": {"schedule": "constant"}})
-    kept: dict[str, Any] = {"snapshot_every": 1, "keep_snapshots": 1, "keep_rounds": 0}
-    with tempfile.TemporaryDirectory() as directory, Lab(links) as lab:
-        lab.set_rate(3, down_mbit, down_mbit)
-        async with node_processes(Path(directory), run, lab) as nodes:
-            first = await nodes.start("a", 0, **kept)
-            others = [await nodes.start(name, host, **kept) for host, name in ((1, "b"), (2, "c"))]
-            for node in (first, *others):
-                await node.until(lambda node=node: len(node.told("snapshot_written")) >= 2)  # type: ignore[misc]
-            before = lab.bytes_sent()
-            joiner = await nodes.start("d", 3, **kept)
-            await joiner.until(lambda: joiner.told("caught_up") != [])
-            after = lab.bytes_sent()
-            came = {source: after[source, 3] - before.get((source, 3), 0) for source in range(3)}
-            started, done = joiner.told("catch_up_started")[-1], joiner.told("caught_up")[0]
-    rate = done["fetched_bytes"] * 8 / done["seconds"] / 1e6
-    limit = min(3 * up_mbit, down_mbit)
-    return {
-        "up_mbit": up_mbit,
-        "down_mbit": down_mbit,
-        "rtt_ms": rtt_ms,
-        "snapshot": started["snapshot"],
-        "fetched_bytes": done["fetched_bytes"],
-        "seconds": done["seconds"],
-        "rate_mbit": round(rate, 1),
-        "share_of_the_links": round(rate / limit, 3),
-        "bytes_by_provider": came,
-    }
 
 
 async def measure_slow_down(up_mbit: float, rtt_ms: float) -> dict[str, Any]:
@@ -154,8 +119,7 @@ async def measure_missed(missed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--up", type=float, default=40.0, help="Mbit/s of each provider")
-    parser.add_argument("--down", type=float, default=100.0, help="Mbit/s of the joiner")
+    parser.add_argument("--up", type=float, default=40.0, help="Mbit/s of the provider")
     parser.add_argument("--rtt", type=float, default=20.0, help="ms")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the model: 512 parameters each, 4 KiB to fetch")
     parser.add_argument("--missed", type=int, nargs="*", help="rounds that a member is cut off for")
@@ -164,8 +128,8 @@ def main() -> None:
     os.environ[WIDTH_VARIABLE] = str(args.width)
     for _ in range(args.slow_down):
         print(json.dumps(trio.run(measure_slow_down, args.up, args.rtt)), flush=True)
-    if args.missed is None and not args.slow_down:
-        print(json.dumps(trio.run(measure_join, args.up, args.down, args.rtt)), flush=True)
+    if not args.missed and not args.slow_down:
+        parser.error("say what to measure: --slow-down RUNS, or --missed ROUNDS ...")
     for missed in args.missed or ():
         print(json.dumps(trio.run(measure_missed, missed)), flush=True)
 

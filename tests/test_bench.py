@@ -17,6 +17,7 @@ import torch
 from prime_async.bench import data
 from prime_async.bench.figures import Busy, Phases
 from prime_async.bench.journal import Journal, mean_of
+from prime_async.cli import app
 from prime_async.work.chunks import Chunks
 
 pytestmark = pytest.mark.xdist_group("real time")
@@ -138,3 +139,8 @@ def test_phases_follow_each_other_and_add_up_to_the_whole(monkeypatch: pytest.Mo
     assert mean_of([phases]) == pytest.approx(expected)
     assert sum(expected.values()) == 9.5
     assert mean_of([journal.busy()]) == {"encode": 1.0, "reduce": 1.0, "apply": 1.0}
+
+
+def test_models_to_restart_are_named_one_after_the_other() -> None:
+    _, bound, _ = app.parse_args(["bench", "restart", "--models", "llama-1m", "llama-10m"], exit_on_error=False)
+    assert bound.arguments["models"] == ["llama-1m", "llama-10m"]

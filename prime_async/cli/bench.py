@@ -25,6 +25,7 @@ app = App(name="bench", help="Measure this program on this machine.")
 app.command("prime_async.cli.bench_overlap:overlap", name="overlap")
 app.command("prime_async.cli.bench_links:links", name="links")
 app.command("prime_async.cli.bench_bytes:bytes_", name="bytes")
+app.command("prime_async.cli.bench_join:join", name="join")
 
 
 @app.command
@@ -101,7 +102,7 @@ def failover(
 @app.command
 def restart(
     *,
-    models: Annotated[list[str], Parameter(negative="")] = ["llama-10m", "llama-100m"],  # noqa: B006  (not changed)
+    models: Annotated[list[str], Parameter(negative="", consume_multiple=True)] = ["llama-10m", "llama-100m"],  # noqa: B006  (kept)
     runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 3,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:

@@ -1,0 +1,111 @@
+"""``prime-async bench join``: how fast a node joins over links of given rates."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import trio
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prime_async.actors.groups import single_errors
+from prime_async.bench.join import TOKEN_PARAMETERS, JoinBench, measure, tokens_for
+from prime_async.cli.demo_report import size
+from prime_async.errors import ConfigError
+
+
+def join(
+    *,
+    parameters: Annotated[float, Parameter(validator=Number(gt=0))] = 8e6,
+    up_mbit: Annotated[list[float], Parameter(negative="", consume_multiple=True)] = [40.0, 40.0, 40.0],  # noqa: B006  (not changed)
+    down_mbit: Annotated[float, Parameter(validator=Number(gt=0))] = 100.0,
+    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 20.0,
+    congestion: Annotated[list[str], Parameter(negative="", consume_multiple=True)] = ["cubic"],  # noqa: B006
+    runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 3,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Let a node join a run whose members have slow uplinks, and time how long it fetches the state of the run.
+
+    Whole nodes, each in a host of its own on this machine: needs root, /dev/net/tun, iproute2 and nftables. The share
+    is that of the links: the sum of the uplinks, or the downlink if that is less. Keep the machine idle meanwhile, and
+    stay below 200 Mbit/s, all links together.
+
+    Parameters
+    ----------
+    parameters
+        Of the model, about: 8 bytes of each are fetched.
+    up_mbit
+        Uplinks of the members, one for each.
+    down_mbit
+        Downlink of the joiner.
+    rtt_ms
+        Of the links.
+    congestion
+        TCP's control of it: cubic, reno, bbr, as the system offers. Each is measured.
+    runs
+        Joins of each kind.
+    json_
+        Print one JSON object as the last line of stdout; the table goes to stderr.
+    """
+    if min(up_mbit, default=0.0) <= 0:
+        raise ConfigError([f"--up-mbit is {up_mbit}: expected a rate above 0 for each member, and at least one"])
+    console = Console(stderr=json_, highlight=False)
+    bench = JoinBench(tokens=tokens_for(parameters), up_mbit=tuple(up_mbit), down_mbit=down_mbit, rtt_ms=rtt_ms)
+    with single_errors():
+        result = trio.run(_measure, bench, congestion, runs, console)
+    console.print(_table(result))
+    if json_:
+        print(json.dumps(result))
+    return 0
+
+
+async def _measure(bench: JoinBench, congestion: list[str], runs: int, console: Console) -> dict[str, Any]:
+    cases = {}
+    for control in congestion:
+        found = []
+        for run in range(1, runs + 1):
+            console.print(f"{control}, join {run} of {runs} ...")
+            found.append(await measure(bench, control))
+            console.print(f"  {found[-1]['seconds']:.2f} s, {found[-1]['share']:.1%} of the links")
+        cases[control] = {
+            "median_s": statistics.median(f["seconds"] for f in found),
+            "share": statistics.median(f["share"] for f in found),
+            "runs": found,
+        }
+    return {
+        **asdict(bench),
+        "parameters": bench.tokens * TOKEN_PARAMETERS,
+        "limit_mbit": bench.limit_mbit,
+        "ideal_s": bench.ideal_s,
+        "cores": len(os.sched_getaffinity(0)),
+        "congestion": cases,
+    }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """One row a kind of congestion control."""
+    ups = " + ".join(f"{rate:g}" for rate in result["up_mbit"])
+    title = (
+        f"a joiner fetches the state of {result['parameters']:,} parameters: {ups} Mbit/s up, "
+        f"{result['down_mbit']:g} down, {result['rtt_ms']:g} ms; the links allow {result['ideal_s']:.2f} s"
+    )
+    table = Table("TCP", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("median", "least", "most", "share of the links", "fetched", "on the wire"):
+        table.add_column(name, justify="right")
+    for control, case in result["congestion"].items():
+        seconds = [run["seconds"] for run in case["runs"]]
+        table.add_row(
+            control,
+            *(f"{s:.2f} s" for s in (case["median_s"], min(seconds), max(seconds))),
+            f"{case['share']:.1%}",
+            size(case["runs"][-1]["fetched_bytes"]),
+            size(sum(case["runs"][-1]["wire_bytes_by_member"])),
+        )
+    return table
