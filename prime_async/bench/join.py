@@ -92,8 +92,8 @@ def paced_model(run: RunSpec, vocab_size: int) -> nn.Module:
 async def measure(bench: JoinBench, congestion: str) -> dict[str, Any]:
     """The figures of one join, as ``prime-async bench join --json`` prints them.
 
-    Raises :class:`~prime_async.errors.EnvironmentFault` if a process ends, :class:`trio.TooSlowError` if nobody gets on,
-    and :class:`~prime_async.bench.netlab.LabError` if there can be no lab; then, and on cancellation, no process is
+    Raises :class:`~prime_async.errors.EnvironmentFault` if a process ends, :class:`trio.TooSlowError` if nothing goes
+    on, and :class:`~prime_async.bench.netlab.LabError` if there can be no lab; then, and on cancellation, no process is
     left.
     """
     members = len(bench.up_mbit)
