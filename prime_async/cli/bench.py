@@ -26,6 +26,7 @@ app.command("prime_async.cli.bench_overlap:overlap", name="overlap")
 app.command("prime_async.cli.bench_links:links", name="links")
 app.command("prime_async.cli.bench_bytes:bytes_", name="bytes")
 app.command("prime_async.cli.bench_join:join", name="join")
+app.command("prime_async.cli.bench_plan:plan", name="plan")
 
 
 @app.command

@@ -1,0 +1,163 @@
+"""``prime-async bench plan``: what ``prime-async plan`` foretells, against what is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal, TypeAlias
+
+import trio
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prime_async.actors.groups import single_errors
+from prime_async.bench.overlap import Measured, Mode, OverlapBench, measure_alone, measure_mode, rate_for
+from prime_async.bench.plan import choice_of, compare, modes_of, setup_of
+from prime_async.config.schema import ContributionCodec
+from prime_async.errors import ConfigError
+from prime_async.plan import Choice, Setup
+
+Case: TypeAlias = tuple[OverlapBench, Mode]
+ModeName: TypeAlias = Literal["blocking", "overlapped", "streaming", "eager"]
+
+SEVERAL = Parameter(negative="", consume_multiple=True)
+
+
+def plan(
+    *,
+    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=16))] = 2,
+    model: str = "llama-1m",
+    modes: Annotated[list[ModeName], SEVERAL] = ["blocking", "overlapped", "streaming"],  # noqa: B006  (kept)
+    codecs: Annotated[list[ContributionCodec], SEVERAL] = ["int8", "int4"],  # noqa: B006
+    exchange_shares: Annotated[list[float], SEVERAL] = [0.17, 0.5],  # noqa: B006
+    inner_steps: Annotated[int, Parameter(validator=Number(gte=4))] = 400,
+    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 2,
+    runs: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    fragments: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
+    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 40.0,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Compare what `prime-async plan` says of an exchange with real nodes behind slow links.
+
+    Real node processes, each in a host of its own on this machine: needs root, /dev/net/tun, iproute2 and nftables.
+    Keep the machine idle meanwhile.
+
+    Parameters
+    ----------
+    nodes
+        How many, with a thread each: no more than there are cores.
+    model
+        As run.model.
+    modes
+        As run.mode. Each is measured with each codec.
+    codecs
+        As run.exchange.codec.
+    exchange_shares
+        Of the time, that a blocking int8 exchange is to take: so slow are the links. Each is measured.
+    inner_steps
+        H, a multiple of fragments. Long enough that the exchange's CPU time is little of a round.
+    rounds
+        Exchanges of the whole model that are measured in each run.
+    runs
+        Of each kind; medians are compared.
+    fragments
+        Of mode streaming.
+    rtt_ms
+        Of the links.
+    json_
+        Print one JSON object as the last line of stdout; the table goes to stderr.
+    """
+    if wrong := [s for s in exchange_shares if not 0 < s < 1]:
+        raise ConfigError([f"--exchange-shares has {wrong}: expected shares of the time, above 0 and below 1"])
+    console = Console(stderr=json_, highlight=False)
+    bench = OverlapBench(
+        nodes=nodes,
+        model=model,
+        inner_steps=inner_steps,
+        rounds=rounds,
+        exchange_share=0.0,  # of each case its own
+        slow_down=1.0,
+        fragments=fragments,
+        rtt_ms=rtt_ms,
+    )
+    cases = [
+        (replace(bench, exchange_share=part), mode)
+        for part in exchange_shares
+        for mode in modes_of(modes, codecs, fragments)
+    ]
+    with single_errors():
+        result = trio.run(_measure, bench, cases, runs, console)
+    console.print(_table(result))
+    if json_:
+        print(json.dumps(result))
+    return 0
+
+
+async def _measure(bench: OverlapBench, cases: list[Case], runs: int, console: Console) -> dict[str, Any]:
+    alone: list[Measured] = []
+    found: list[list[Measured]] = [[] for _ in cases]
+    rates: dict[float, float] = {}
+    parameters = 0
+    for run in range(1, runs + 1):
+        console.print(f"run {run} of {runs}: without any exchange ...")
+        plain, parameters = await measure_alone(bench)
+        alone.append(plain)
+        for (case, mode), measured in zip(cases, found, strict=True):
+            rate = rates.setdefault(case.exchange_share, rate_for(case, plain, parameters))
+            console.print(f"run {run} of {runs}: {mode.name}, {rate:.2f} Mbit/s ...")
+            measured.append(await measure_mode(case, mode, rate))
+    usual = replace(alone[0], steps_per_s=statistics.median(a.steps_per_s for a in alone))
+    rows = []
+    for (case, mode), measured in zip(cases, found, strict=True):
+        setup, choice = setup_of(case, usual, parameters, rates[case.exchange_share]), choice_of(case, mode)
+        rows.append(_row(case, setup, choice, alone, measured))
+    return {
+        **{name: value for name, value in asdict(bench).items() if name not in {"exchange_share", "slow_down"}},
+        "parameters": parameters,
+        "step_s": bench.nodes / usual.steps_per_s,
+        "cores": len(os.sched_getaffinity(0)),
+        "alone": list(map(asdict, alone)),
+        "cases": rows,
+    }
+
+
+def _row(
+    bench: OverlapBench, setup: Setup, choice: Choice, alone: list[Measured], together: list[Measured]
+) -> dict[str, Any]:
+    return {
+        "setup": asdict(setup),
+        "choice": asdict(choice),
+        "exchange_share": bench.exchange_share,
+        **{name: asdict(figure) for name, figure in compare(setup, choice, alone, together).items()},
+        "runs": list(map(asdict, together)),
+    }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """One row a setting; predicted, measured, and the error of the prediction."""
+    title = (
+        f"{result['nodes']} nodes, {result['parameters']:,} parameters, H = {result['inner_steps']}, "
+        f"{1000 * result['step_s']:.1f} ms a step, {result['rtt_ms']:g} ms: predicted, measured, error"
+    )
+    table = Table("mode", "codec", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("Mbit/s", "exchange", "", "", "training", "", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case in result["cases"]:
+        seconds, part = case["exchange_s"], case["share"]
+        table.add_row(
+            case["choice"]["mode"],
+            case["choice"]["codec"],
+            f"{case['setup']['up_mbit']:.2f}",
+            f"{seconds['predicted']:.2f} s",
+            f"{seconds['measured']:.2f} s",
+            f"{seconds['error']:+.0%}",
+            f"{part['predicted']:.1%}",
+            f"{part['measured']:.1%}",
+            f"{part['error']:+.1%}",
+        )
+    return table
