@@ -17,7 +17,7 @@ trains is not in it: that is for nodes whose GPU trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,8 @@ CPU_S_PER_PARAMETER: Final = 6e-9
 TARGET: Final = 0.98
 GOOD_DELAY, BEARABLE_DELAY = 0.05, 0.25
 """Shares of H after which means are applied: at the first the loss is close to that of blocking (`prime-async lab`)."""
+RECOMMENDED: Final[tuple[ContributionCodec, ...]] = ("int8", "int4")
+"""Whose loss is close to that of fp32. The sparse codec sends much less, and is for who has compared the loss."""
 STEPS: Final = (50, 100, 200, 500, 1000, 2000)
 INNER_BYTES: Final = 16
 """Per parameter where it is trained: weights, gradients, AdamW's two moments."""
@@ -134,9 +136,10 @@ def _host_bytes(setup: Setup, choice: Choice) -> int:
     return OUTER_BYTES * parameters + payload + mean + note + kept + residual
 
 
-def choices(inner_steps: int, fragments: int) -> list[Choice]:
-    """All modes, with the two codecs that matter, at this H."""
-    codecs: tuple[ContributionCodec, ...] = ("int8", "int4")
+def choices(
+    inner_steps: int, fragments: int, codecs: Sequence[ContributionCodec] = ("int8", "int4", "topk")
+) -> list[Choice]:
+    """All modes, with each of the codecs, at this H."""
     modes = (("blocking", 1), ("overlapped", 1), ("streaming", fragments), ("eager", 1))
     return [
         Choice(mode=mode, codec=codec, inner_steps=inner_steps, fragments=parts)
@@ -158,7 +161,7 @@ def recommend(setup: Setup, fragments: int = 4) -> tuple[Forecast, str]:
 
 def _by_merit(fragments: int) -> Iterator[Choice]:
     for inner_steps in STEPS:
-        by_codec = choices(inner_steps, fragments)
+        by_codec = choices(inner_steps, fragments, RECOMMENDED)
         yield from (c for c in by_codec if inner_steps % c.fragments == 0)
 
 

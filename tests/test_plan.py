@@ -77,6 +77,7 @@ def test_no_mode_trains_more_than_all_the_time_or_less_than_blocking(setup: Setu
 def test_a_recommendation_reaches_the_aim_or_says_that_nothing_does(setup: Setup) -> None:
     best, reason = recommend(setup)
     assert (best.share >= TARGET) == ("nothing reaches" not in reason)
+    assert best.choice.codec != "topk", "its loss is to be compared first"
 
 
 def test_fast_links_need_no_overlap_and_slow_ones_do() -> None:
@@ -108,5 +109,6 @@ def test_it_prints_a_table_and_what_to_begin_with(capsys: pytest.CaptureFixture[
     assert plan(parameters=1e9, step_s=1.0, up_mbit=100, json_=True) == 0
     told = json.loads(capsys.readouterr().out)
     assert {m["choice"]["mode"] for m in told["modes"]} == {"blocking", "overlapped", "streaming", "eager"}
+    assert {m["choice"]["codec"] for m in told["modes"]} == {"int8", "int4", "topk"}
     assert told["down_mbit"] == 100
     assert told["why"]
