@@ -34,6 +34,7 @@ app.command("prime_async.cli.bench:app", name="bench")
 app.command("prime_async.cli.simulate:simulate", name="simulate")
 app.command("prime_async.cli.lab:lab", name="lab")
 app.command("prime_async.cli.plan:plan", name="plan")
+app.command("prime_async.cli.bandwidth:bandwidth", name="bandwidth")
 app.command("prime_async.cli.docs:docs", name="docs")
 
 EXIT_FAILURE = 1

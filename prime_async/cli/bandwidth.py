@@ -1,0 +1,114 @@
+"""``prime-async bandwidth``: how fast links must be for a share of the time to go into training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prime_async.errors import ConfigError
+from prime_async.plan import Setup
+from prime_async.utilisation import TARGETS, Need, needs
+
+SEVERAL = Parameter(negative="", consume_multiple=True)
+
+
+def bandwidth(
+    *,
+    parameters: Annotated[list[float], SEVERAL] = [1e9, 1e10, 1e11],  # noqa: B006  (kept)
+    step_s: Annotated[list[float], SEVERAL] = [0.1, 0.8, 4.9],  # noqa: B006
+    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=65536))] = 2,
+    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 100.0,
+    inner_steps: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
+    fragments: Annotated[int, Parameter(validator=Number(gte=1))] = 10,
+    cores: Annotated[int, Parameter(validator=Number(gte=1))] = 16,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Say how many Gbit/s each mode needs so that 50 to 99 % of the time goes into training.
+
+    By the model of `prime-async plan`, for nodes whose GPU trains. Of 100 B parameters, 4.9 s a step and H = 100, what
+    the paper on Streaming DiLoCo (arXiv 2501.18512, table 4) simulated stands beside it.
+
+    Parameters
+    ----------
+    parameters
+        Of each model; 1e9 for 1 B.
+    step_s
+        Seconds of an inner step, for each model.
+    nodes
+        How many.
+    rtt_ms
+        Round trip between the two most distant nodes.
+    inner_steps
+        H, a multiple of fragments.
+    fragments
+        Of mode streaming.
+    cores
+        Of a node, for encoding and the like.
+    json_
+        Print one JSON object instead.
+    """
+    _check(parameters, step_s, inner_steps, fragments)
+    found = []
+    for count, seconds in zip(parameters, step_s, strict=True):
+        setup = Setup(
+            parameters=round(count),
+            step_s=seconds,
+            nodes=nodes,
+            up_mbit=0.0,  # is what is asked for
+            down_mbit=0.0,
+            rtt_ms=rtt_ms,
+            cores=cores,
+        )
+        found.append((setup, needs(setup, inner_steps, fragments)))
+    if json_:
+        models = [
+            {"parameters": s.parameters, "step_s": s.step_s, "methods": list(map(asdict, rows))} for s, rows in found
+        ]
+        given = {"nodes": nodes, "rtt_ms": rtt_ms, "inner_steps": inner_steps, "fragments": fragments, "cores": cores}
+        print(json.dumps({**given, "targets": TARGETS, "models": models}))
+        return 0
+    console = Console(highlight=False)
+    console.print(f"Gbit/s of each node, each way; {nodes} nodes, H = {inner_steps}, {rtt_ms:g} ms, {cores} cores")
+    for setup, rows in found:
+        console.print(_table(setup, rows))
+    return 0
+
+
+def _check(parameters: list[float], step_s: list[float], inner_steps: int, fragments: int) -> None:
+    problems = []
+    if len(parameters) != len(step_s):
+        problems.append(
+            f"--parameters has {len(parameters)} values and --step-s {len(step_s)}: give one step time for each model"
+        )
+    if min([*parameters, *step_s], default=1) <= 0:
+        problems.append("--parameters and --step-s: expected numbers above 0")
+    if inner_steps % fragments:
+        problems.append(f"--inner-steps {inner_steps} is no multiple of --fragments {fragments}: change one of them")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _table(setup: Setup, rows: list[Need]) -> Table:
+    title = f"{setup.parameters / 1e9:g} B parameters, {setup.step_s:g} s a step"
+    table = Table("time spent training", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for target in TARGETS:
+        table.add_column(f"{target:.0%}", justify="right")
+    for row in rows:
+        table.add_row(
+            f"paper: {row.name}" if row.published else row.name,
+            *map(_rate, row.gbit),
+        )
+    return table
+
+
+def _rate(gbit: float | None) -> str:
+    if gbit is None:
+        return "never"
+    return f"{gbit:,.0f}" if gbit >= 100 else f"{gbit:.3g}"
