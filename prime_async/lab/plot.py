@@ -20,6 +20,7 @@ def plot(path: Path, title: str, summaries: Sequence[Summary], outcomes: Sequenc
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
     except ImportError as error:
         raise ConfigError(["a plot needs matplotlib: install prime-async[lab], or give --no-plot"]) from error
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
@@ -30,6 +31,9 @@ def plot(path: Path, title: str, summaries: Sequence[Summary], outcomes: Sequenc
         steps, losses = mean_curve([o for o in outcomes if o.method == summary.method])
         curves.plot(steps, losses, style, label=f"{summary.method}  {summary.loss:.3f}")
     curves.set(xlabel="inner steps", ylabel="held-out loss of the outer weights, nats per token", yscale="log")
+    curves.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)))
+    curves.yaxis.set_major_formatter(ScalarFormatter())
+    curves.yaxis.set_minor_formatter(NullFormatter())
     curves.legend(fontsize="small")
     curves.grid(alpha=0.3, which="both")
     compared = [s for s in summaries if s.gaps][::-1]
