@@ -32,13 +32,13 @@ def test_a_small_count_is_that_of_whole_rounds(capsys: pytest.CaptureFixture[str
 
     Steps of so many tokens last long enough on a fast machine, too: shorter rounds cannot be counted one by one.
     """
-    assert bytes_(nodes=2, model="llama-360k", codecs=["int8"], inner_steps=800, sequence_length=96, json_=True) == 0
+    assert bytes_(nodes=2, model="llama-360k", codecs=["int8"], inner_steps=2000, sequence_length=96, json_=True) == 0
     output, errors = capsys.readouterr()
     result = json.loads(output.splitlines()[-1])
     found = result["codecs"]["int8"]
     payloads = 2 * found["parameters"] * (1 + 4 / 256)
     assert payloads < found["sent_bytes"] < 1.05 * payloads
-    assert found["inner_steps_done"] >= 2 * 800
-    assert found["reduction"] == pytest.approx(4 * 800 / (1 + 4 / 256), rel=0.05)
+    assert found["inner_steps_done"] >= 0.95 * 2 * 2000  # over a span that begins and ends some steps after a round
+    assert found["reduction"] == pytest.approx(4 * 2000 / (1 + 4 / 256), rel=0.05)
     assert found["bitwise_equal"] is True
     assert "times" in errors  # the table
