@@ -69,10 +69,10 @@ async def measure(bench: BytesBench, codec: CodecName) -> dict[str, Any]:
     """
     with TemporaryDirectory(prefix="prime-async-bench-") as directory:
         async with _nodes(bench, codec, Path(directory)) as nodes:
-            before = await _count(nodes, await _until_together(nodes))
+            before = await _count(bench, nodes, await _until_together(nodes))
             heartbeats = await _heartbeats(nodes, before.round)
             await _until_round(nodes, before.round + bench.rounds)
-            after = await _count(nodes, before.round + bench.rounds)
+            after = await _count(bench, nodes, before.round + bench.rounds)
             parameters = nodes[0].parameters
             digests = _digests(nodes, before.round + bench.rounds)
     return figures(bench, parameters, before, after, heartbeats, digests)
@@ -126,19 +126,23 @@ def _digests(nodes: Sequence[Child], round: int) -> list[str]:
     return [fact.state_digest for node in nodes for fact in node.told(RoundFinished) if fact.round == round]
 
 
-async def _count(nodes: Sequence[Child], round: int) -> Count:
+async def _count(bench: BytesBench, nodes: Sequence[Child], round: int) -> Count:
     """When all have finished ``round``, after a pause in which they tell how much they have sent.
 
     Raises :class:`EnvironmentFault` if the next exchange begins meanwhile.
     """
-    at, steps = trio.current_time(), sum(node.meter.inner_steps for node in nodes)
+    at = trio.current_time()
+    # Those that the rounds count, not those that nodes have done by now: some are in the next round already.
+    tokens = sum(fact.tokens for node in nodes for fact in node.told(RoundFinished) if fact.round <= round)
     await trio.sleep(SETTLE_S)
     if _have_gone_on(nodes, round):
         raise EnvironmentFault(
             f"the inner steps of a round took less than {SETTLE_S:g} s, too short to count what each round sends: "
             "take more inner steps, or a larger model"
         )
-    return Count(at=at, sent_bytes=sum(node.bytes_sent for node in nodes), round=round, steps=steps)
+    return Count(
+        at=at, sent_bytes=sum(node.bytes_sent for node in nodes), round=round, steps=tokens // bench.sequence_length
+    )
 
 
 @asynccontextmanager
