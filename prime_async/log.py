@@ -42,21 +42,26 @@ MOST_REORDERED = 5
 
 
 class MachineSettings(Struct, frozen=True, kw_only=True):
-    """What the machines of a node are made with: with the events, all that a replay needs."""
+    """What the machines of a node are made with: with the events, all that a replay needs.
+
+    A node of a run has all four; one of a group without rounds has membership alone.
+    """
 
     membership: MembershipSettings
-    exchange: ExchangeSettings
-    checkpoint: CheckpointSettings
-    training: TrainingSettings
+    exchange: ExchangeSettings | None = None
+    checkpoint: CheckpointSettings | None = None
+    training: TrainingSettings | None = None
 
     def build(self) -> dict[ActorName, Machine]:
         """Fresh machines."""
-        return {
-            "membership": Membership(self.membership),
-            "exchange": Exchange(self.exchange),
-            "checkpoint": Checkpoint(self.checkpoint),
-            "training": Training(self.training),
-        }
+        machines: dict[ActorName, Machine] = {"membership": Membership(self.membership)}
+        if self.exchange is not None:
+            machines["exchange"] = Exchange(self.exchange)
+        if self.checkpoint is not None:
+            machines["checkpoint"] = Checkpoint(self.checkpoint)
+        if self.training is not None:
+            machines["training"] = Training(self.training)
+        return machines
 
 
 class LogHeader(Struct, frozen=True, kw_only=True, tag_field="t", tag="log"):

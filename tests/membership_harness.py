@@ -62,6 +62,7 @@ def machine(
     min_members: int = 1,
     ballot: Ballot | None = None,
     incarnation: int = 1,
+    rounds: bool = True,
 ) -> Membership:
     settings = MembershipSettings(
         me=member(id, active=False, incarnation=incarnation),
@@ -70,6 +71,7 @@ def machine(
         contacts=contacts,
         min_members=min_members,
         failure_timeout_s=TIMEOUT_S,
+        rounds=rounds,
         ballot=ballot,
     )
     return Membership(settings)
@@ -243,13 +245,14 @@ def leading(*others: str) -> Membership:
 class Cluster:
     """Membership machines, their disks, and a network that delays, loses and cuts; all chances come from ``seed``.
 
-    Fails as soon as two nodes go by different views of the same number.
+    Fails as soon as two nodes go by different views of the same number. ``has_rounds``: as its machines are told.
     """
 
-    def __init__(self, count: int, seed: int = 0, loss: float = 0.0) -> None:
+    def __init__(self, count: int, seed: int = 0, loss: float = 0.0, *, has_rounds: bool = True) -> None:
         self.now = 0.0
         self.chance = random.Random(seed)
         self.loss = loss
+        self.has_rounds = has_rounds
         self.round = 0
         self.nodes: dict[str, Membership] = {}
         self.starts: dict[str, int] = {}
@@ -276,7 +279,13 @@ class Cluster:
         others = {"n0", *self.nodes} - {id}
         contacts = tuple(ContactPoint(id=other, control=f"sim://{other}") for other in sorted(others))
         incarnation = 1000 * self.starts[id]
-        self.nodes[id] = machine(id, () if id == "n0" else contacts, ballot=self.disks.get(id), incarnation=incarnation)
+        self.nodes[id] = machine(
+            id,
+            () if id == "n0" else contacts,
+            ballot=self.disks.get(id),
+            incarnation=incarnation,
+            rounds=self.has_rounds,
+        )
         self.up.add(id)
         self.left.discard(id)
         self.asleep.pop(id, None)

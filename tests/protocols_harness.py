@@ -64,6 +64,9 @@ VALID: Final[dict[str, dict[str, Any]]] = {
         "view": 0,
     },
     "change": {"epoch": 0, "leader": "a"},
+    "exchange-settings": {"me": "a", "chunk_count": 0},
+    "checkpoint-settings": {"me": "a", "chunk_count": 0},
+    "training-settings": {"me": "a", "inner_steps": 0},
     "view": {
         "lineage": bytes(32),
         "epoch": 0,

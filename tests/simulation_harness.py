@@ -70,7 +70,9 @@ def steps_of(nodes: list[SimNode]) -> dict[str, int]:
 def assert_counted(nodes: list[SimNode], steps: dict[str, int], where: str) -> None:
     """All inner steps that they had done by then are in committed means, in every chunk."""
     for node in nodes:
-        counted = min(node.base.get(c, 0) for c in range(node.settings.exchange.chunk_count))
+        exchange = node.settings.exchange
+        assert exchange is not None
+        counted = min(node.base.get(c, 0) for c in range(exchange.chunk_count))
         assert counted >= steps[node.id], f"{where}: {node.id} did {steps[node.id]} steps, {counted} are counted"
 
 

@@ -44,7 +44,8 @@ def test_a_log_holds_every_call_and_what_the_machines_were_made_with(recorded: P
     assert (log.header.version, log.header.node, log.torn_bytes) == (LOG_VERSION, "n1", 0)
     assert {r.actor for r in log.records} == {"membership", "exchange", "checkpoint", "training"}
     assert len(log.records) > 200
-    assert log.header.machines.exchange.me == "n1"
+    assert log.header.machines.membership.me.id == "n1"
+    assert log.header.machines.build().keys() == {r.actor for r in log.records}
 
 
 def test_a_replay_gives_the_recorded_effects_of_every_event(recorded: Path) -> None:

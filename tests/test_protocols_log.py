@@ -143,11 +143,24 @@ def test_settings_with_a_default_may_be_missing_from_a_log(tmp_path: Path) -> No
     assert validate("log", path.read_bytes(), closed=True) is None
 
 
+def test_machines_that_a_node_does_not_have_may_be_missing_from_a_log(tmp_path: Path) -> None:
+    """Given a header with the settings of membership alone, then the log is one of a node without rounds."""
+    header = cbor2.loads(bytes_of(ITEMS[0]))
+    alone = {"membership": header["machines"]["membership"]}
+    path = tmp_path / "log"
+    for machines in (alone, alone | {"exchange": None, "checkpoint": None, "training": None}):
+        path.write_bytes(cbor2.dumps(header | {"machines": machines}, canonical=True))
+
+        assert read_log(path).header.machines.build().keys() == {"membership"}
+        assert validate("log", path.read_bytes(), closed=True) is None
+
+
 def fields_of_settings(name: str) -> tuple[mi.Field, ...]:
     info = mi.type_info(MachineSettings)
     assert isinstance(info, mi.StructType)
-    (settings_type,) = [f.type for f in info.fields if f.name == name]
-    assert isinstance(settings_type, mi.StructType)
+    [of_field] = [f.type for f in info.fields if f.name == name]
+    types = of_field.types if isinstance(of_field, mi.UnionType) else (of_field,)
+    [settings_type] = [t for t in types if isinstance(t, mi.StructType)]
     return settings_type.fields
 
 

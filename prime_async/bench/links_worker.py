@@ -26,7 +26,7 @@ from prime_async.bench.workers import begin_worker, report
 from prime_async.config.load import config_from
 from prime_async.config.schema import CodecName, Config
 from prime_async.node import open_node
-from prime_async.node.build import allow_list, open_transport
+from prime_async.node.build import allow_list, largest_payload, open_transport
 from prime_async.transport.base import Traffic
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import make_codec
@@ -185,7 +185,7 @@ def _config(spec: LinksSpec) -> Config:
 async def _run(spec: LinksSpec) -> LinksReport:
     rounds = await trio.to_thread.run_sync(Rounds, spec)
     config = _config(spec)
-    async with open_transport(config.node, rounds.workload, allow_list(config.node)) as transport:
+    async with open_transport(config.node, largest_payload(rounds.workload), allow_list(config.node)) as transport:
         rounds.traffic = transport.traffic
         timed = JournalTransport(transport, rounds.journal)
         async with open_node(config, transport=timed, workload=rounds.workload) as node:

@@ -28,7 +28,7 @@ from prime_async.bench.workers import report as write_report
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
 from prime_async.node import open_node
-from prime_async.node.build import allow_list, open_transport
+from prime_async.node.build import allow_list, largest_payload, open_transport
 from prime_async.transport.base import Traffic
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.chunks import Chunks
@@ -189,7 +189,7 @@ async def _run(spec: WorkerSpec, store: Store) -> WorkerReport:
     rounds = await trio.to_thread.run_sync(Rounds, spec)
     contact = "" if spec.rank == 0 else (await trio.to_thread.run_sync(store.get, "contact")).decode()
     config = _config(spec, contact)
-    async with open_transport(config.node, rounds.workload, allow_list(config.node)) as transport:
+    async with open_transport(config.node, largest_payload(rounds.workload), allow_list(config.node)) as transport:
         rounds.traffic = transport.traffic
         timed = JournalTransport(transport, rounds.journal)
         async with open_node(config, transport=timed, workload=rounds.workload) as node:

@@ -8,6 +8,8 @@ The rules:
 * A node that joins is not active until its heartbeat shows the run's outer state; then it becomes so at the start of a
   round, or at once while fewer than ``min_members`` train. It has a vote once it has completed a round. Only who can be
   dialled owns chunks, and may lead.
+* Where there are no rounds (``rounds`` false) there is nothing to complete or to begin: with its first heartbeat a node
+  is active, and has a vote.
 * A member that is silent for ``failure_timeout_s`` is left out of the next view. If those that are not silent are no
   quorum, this node does not lead any more: it is the one that is cut off.
 * The first view of an epoch has the members that promised it, in their order, and no others.
@@ -64,8 +66,9 @@ class ContactPoint(Struct, frozen=True, kw_only=True):
 class MembershipSettings(Struct, frozen=True, kw_only=True):
     """What a membership machine is made with. ``settings`` is the run spec, flat; times are in seconds.
 
-    ``watches``: this node shows to people how all members do, so it asks the leader. ``ballot``: what this node had on
-    disk when it started; ``tip``: the commit that its outer state came of.
+    ``watches``: this node shows to people how all members do, so it asks the leader. ``rounds``: whether there are any;
+    without, all outer states are equal. ``ballot``: what this node had on disk when it started; ``tip``: the commit
+    that its outer state came of.
     """
 
     me: Member
@@ -76,6 +79,7 @@ class MembershipSettings(Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     failure_timeout_s: float = 10.0
     watches: bool = False
+    rounds: bool = True
     ballot: Ballot | None = None
     tip: Commit | None = None
 
@@ -253,7 +257,7 @@ class Leadership:
         waits = member is not None and not member.active
         if waits and record.round == self.states.round and now >= record.told_at + self.settings.heartbeat_s:
             self._tell_if_it_differs(now, record, out)
-        if self._is_synced(record) and waits and len(self.view.trainers) < self.settings.min_members:
+        if self._is_synced(record) and waits and self._activates_at_once:
             self.activating.add(peer)
         self.on_accepted(now, peer, beat.epoch, beat.view, (beat.incarnation,), out)
         if self.proposal is not None and (beat.epoch, beat.view) < (self.epoch, self.proposal.number):
@@ -262,6 +266,10 @@ class Leadership:
         votes_now = member is not None and not member.voter and self._may_vote(member, record)
         if votes_now or peer in self.activating or self.leaving_since is not None:
             self.go_on(now, out)  # not with every heartbeat: it looks at all members
+
+    @property
+    def _activates_at_once(self) -> bool:
+        return not self.settings.rounds or len(self.view.trainers) < self.settings.min_members
 
     def known(self, now: float) -> dict[str, Known]:
         """What is to be shown of the others, by id."""
@@ -418,7 +426,7 @@ class Leadership:
         active = member.active or member.id in self.activating
         if active and record.began < 0:
             record.began = self.states.round
-        voter = member.voter or self._may_vote(member, record)
+        voter = member.voter or self._may_vote(member, record) or (active and not self.settings.rounds)
         return replace(member, active=active, voter=voter, weight=weight)
 
     def _may_vote(self, member: Member, record: Peer) -> bool:

@@ -112,13 +112,19 @@ def catch_up_window(workload: Workload) -> int:
     return max(2, min(GETS_PER_PEER, CATCH_UP_BYTES // max(largest, 1)))
 
 
-def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> AbstractAsyncContextManager[Transport]:
-    """The real network. Raises :class:`ConfigError` without a usable key."""
+def largest_payload(workload: Workload) -> int:
+    """Bytes of the largest payload that nodes with this workload send each other."""
     chunks = range(workload.chunk_count)
     largest = max(
         (max(workload.payload_bytes(c), workload.mean_bytes(c), workload.state_bytes(c)) for c in chunks), default=0
     )
-    records = RECORD_BYTES + RECORD_BYTES_PER_CHUNK * len(chunks)
+    return max(largest, RECORD_BYTES + RECORD_BYTES_PER_CHUNK * len(chunks))
+
+
+def open_transport(
+    node: NodeSettings, max_payload_bytes: int, allow: AllowList
+) -> AbstractAsyncContextManager[Transport]:
+    """The real network. Raises :class:`ConfigError` without a usable key."""
     settings = ZmqSettings(
         key=read_key_file(node.key),
         advertise=advertised_host(node),
@@ -129,21 +135,23 @@ def open_transport(node: NodeSettings, workload: Workload, allow: AllowList) -> 
         encrypt=node.encrypt,
         streams=node.streams,
         window=GETS_PER_PEER,
-        max_payload_bytes=max(largest, records),
+        max_payload_bytes=max_payload_bytes,
     )
     return open_zmq(settings)
 
 
-def machine_settings(
+def membership_settings(
     config: Config,
     transport: Transport,
-    workload: Workload,
     ballot: Ballot | None = None,
     tip: Commit | None = None,
-) -> MachineSettings:
-    """What the machines are made with. The incarnation is the time of the start in milliseconds, by our own clock.
+    *,
+    rounds: bool = True,
+) -> MembershipSettings:
+    """What the membership machine is made with. ``rounds``: whether there are any.
 
-    A clock that went back does not give an incarnation that an earlier start has had: the ballot knows those.
+    The incarnation is the time of the start in milliseconds, by our own clock. A clock that went back does not give an
+    incarnation that an earlier start has had: the ballot knows those.
     """
     run, node = config.run, config.node
     me = Member(
@@ -154,22 +162,37 @@ def machine_settings(
         bulk=transport.bulk_address,
         witness=node.witness,
     )
+    return MembershipSettings(
+        me=me,
+        run_id=run_id(run),
+        settings=flatten(run),
+        contacts=tuple(
+            ContactPoint(id=c.id, control=transport.locate(c.id, c.host, c.port)) for c in contacts_of(node)
+        ),
+        min_members=run.min_members,
+        heartbeat_s=run.heartbeat_s,
+        failure_timeout_s=run.failure_timeout_s,
+        watches=bool(node.dashboard or node.sinks),
+        rounds=rounds,
+        ballot=ballot,
+        tip=tip,
+    )
+
+
+def machine_settings(
+    config: Config,
+    transport: Transport,
+    workload: Workload,
+    ballot: Ballot | None = None,
+    tip: Commit | None = None,
+) -> MachineSettings:
+    """What the machines are made with."""
+    run, node = config.run, config.node
+    membership = membership_settings(config, transport, ballot, tip)
+    me = membership.me
     timeout_s = FETCH_TIMEOUTS * run.failure_timeout_s
     return MachineSettings(
-        membership=MembershipSettings(
-            me=me,
-            run_id=run_id(run),
-            settings=flatten(run),
-            contacts=tuple(
-                ContactPoint(id=c.id, control=transport.locate(c.id, c.host, c.port)) for c in contacts_of(node)
-            ),
-            min_members=run.min_members,
-            heartbeat_s=run.heartbeat_s,
-            failure_timeout_s=run.failure_timeout_s,
-            watches=bool(node.dashboard or node.sinks),
-            ballot=ballot,
-            tip=tip,
-        ),
+        membership=membership,
         exchange=ExchangeSettings(
             me=me.id,
             chunk_count=workload.chunk_count,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import structlog
 import trio
 
@@ -17,67 +16,27 @@ from prime_async.actors.exchange import ExchangeActor
 from prime_async.actors.groups import single_errors
 from prime_async.actors.ledger import LedgerKeeper
 from prime_async.actors.membership import MembershipActor
-from prime_async.actors.runner import Runner
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import Stepping, TrainingActor
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
-from prime_async.errors import LocalError, NonFiniteError, PrimeAsyncError, ProtocolError, RefusedError
+from prime_async.errors import PrimeAsyncError
 from prime_async.ledger import BallotFile, RemoteCopy, Restored
 from prime_async.log import LogWriter, MachineSettings
 from prime_async.machines.ballot import Ballot
-from prime_async.machines.facts import (
-    ContributorLeftOut,
-    CutOff,
-    Fact,
-    HelloRefused,
-    InnerStepDone,
-    KeyDenied,
-    LeaderSilent,
-    LedgerRestored,
-    LedgerTrouble,
-    MemberLost,
-    MembersSeen,
-    NonFiniteProgress,
-    PeerDropped,
-    RemoteCopyFailed,
-    RoundIgnored,
-    SlowWake,
-    StateDiverged,
-    StateNowhere,
-    SteppedDown,
-    StillAsking,
-)
-from prime_async.machines.own import Hosted, OwnActor, read, write
+from prime_async.machines.facts import Fact, LedgerRestored
+from prime_async.machines.own import OwnActor
 from prime_async.machines.units import to_ms
-from prime_async.machines.vocabulary import (
-    OWN,
-    ActorName,
-    ContributionTaken,
-    DoorClosed,
-    Effect,
-    Event,
-    Fail,
-    Heard,
-    Leave,
-    Machine,
-    Measured,
-    Offended,
-    Perform,
-    Reached,
-    Send,
-    StateAt,
-    Told,
-    ViewChanged,
-)
-from prime_async.messages import AskRun, AskView, Figures, LedgerMessage, Message, Own, RoundMessage, ViewUpdate
+from prime_async.machines.vocabulary import ActorName, ContributionTaken, Fail, Leave, Measured, StateAt
+from prime_async.messages import Figures
 from prime_async.node.allow import AllowList
 from prime_async.node.build import (
     allow_list,
     audit_folder,
     check_beginning,
     data_stream,
+    largest_payload,
     machine_settings,
     node_ledger,
     open_transport,
@@ -86,7 +45,8 @@ from prime_async.node.build import (
 from prime_async.node.events import EventStream
 from prime_async.node.figures import Gauge
 from prime_async.node.meter import Meter
-from prime_async.transport.base import Denied, Notice, Reachable, Received, Traffic, Transport, Violation
+from prime_async.node.switchboard import Performer, Switchboard, failure_of, log_fact
+from prime_async.transport.base import Traffic, Transport
 from prime_async.transport.keys import read_key_file
 from prime_async.work.workload import Workload
 
@@ -95,37 +55,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-WARNINGS = (
-    ContributorLeftOut, HelloRefused, KeyDenied, MemberLost, NonFiniteProgress, PeerDropped, RoundIgnored, SlowWake,
-    StateDiverged, StillAsking, LeaderSilent, LedgerTrouble, RemoteCopyFailed, CutOff, StateNowhere, SteppedDown,
-)  # fmt: skip
 GOODBYE_S = 5.0
 """How long a node that is closed by its user waits for the others to let it go."""
-
-
-class Performer(Protocol):
-    """The part of an actor that a runner needs."""
-
-    def perform(self, effect: Effect) -> None:
-        """Do what a machine asked for, or start to."""
-        ...
-
-
-class OwnPerformer:
-    """Performs the effects of a user's own actor."""
-
-    def __init__(self, actor: OwnActor, transport: Transport) -> None:
-        self._actor = actor
-        self._transport = transport
-
-    def perform(self, effect: Effect) -> None:
-        match effect:
-            case Send(peer=peer, message=message):
-                self._transport.send(peer, message)
-            case Perform(body=body):
-                self._actor.perform(read(self._actor, "effects", body))
-            case _:
-                raise TypeError(f"an actor of a user does not have {type(effect).__name__} performed")
 
 
 class Node:
@@ -141,8 +72,6 @@ class Node:
         actors: Sequence[OwnActor] = (),
     ) -> None:
         self.config = config
-        self.ignored_messages = 0
-        """Those to actors that this node does not have."""
         self.events = EventStream()
         self._gauge = Gauge(config.node.witness)
         self.stopping = False
@@ -150,10 +79,9 @@ class Node:
         self._workload = workload
         self._allow = allow
         self._stepping = stepping
-        self._own = {actor.name: actor for actor in actors}
         self._log = log.bind(node=config.node.name or transport.id[:8])
         self._store = ChunkStore()
-        self._runners: dict[ActorName, Runner] = {}
+        self._switchboard = Switchboard(transport, allow, self._log, actors)
         self._finished = trio.Event()
         self._failure: PrimeAsyncError | None = None
         self._scope = trio.CancelScope()
@@ -185,6 +113,11 @@ class Node:
         return self._transport.traffic
 
     @property
+    def ignored_messages(self) -> int:
+        """Those to actors that this node does not have."""
+        return self._switchboard.ignored_messages
+
+    @property
     def round(self) -> int:
         """Outer steps in this node's outer state."""
         return self._workload.round
@@ -197,7 +130,7 @@ class Node:
     def stop(self, *, at_once: bool = False) -> None:
         """Ask the node to leave: after the round, or after the inner step that is under way. Returns immediately."""
         self.stopping = True
-        self._post("training", Leave(at_once=at_once))
+        self._switchboard.post("training", Leave(at_once=at_once))
 
     async def wait(self) -> None:
         """Until the node has left the run: it was stopped, or has done all rounds."""
@@ -208,37 +141,19 @@ class Node:
 
         Raises :class:`LocalError` for an actor that this node does not have, and an event that is none of its kinds.
         """
-        if actor not in self._own:
-            known = ", ".join(self._own) or "none"
-            raise LocalError(f"this node has no actor {actor}, it has {known}: give it to open_node(actors=[...])")
-        self._post(OWN + actor, Told(body=write(self._own[actor], "events", event)))
+        self._switchboard.tell_own(actor, event)
 
     # --- wiring -------------------------------------------------------------------------------------------------
 
-    def _post(self, actor: ActorName, event: Event) -> None:
-        self._runners[actor].post(event)
-
-    def _tell(self, actor: ActorName, event: Event) -> None:
-        self._post(actor, event)
-        if actor == "training" and isinstance(event, ViewChanged):
-            for name in self._own:
-                self._post(OWN + name, event)
-
     def _report(self, fact: Fact) -> None:
-        fields = msgspec.to_builtins(fact)
-        name = fields.pop("type")
-        getattr(self._log, _level(fact))(name, **fields)
+        log_fact(self._log, fact)
         self._gauge.add(fact, trio.current_time())
         if self._station is not None:
             self._station.add(fact)
         self.events.put(fact)
 
     def _fail(self, fail: Fail) -> None:
-        match fail.kind:
-            case "refused":
-                self._failure = RefusedError(fail.reason, fail.text, fail.differences)
-            case "non_finite":
-                self._failure = NonFiniteError(fail.text)
+        self._failure = failure_of(fail)
         self._scope.cancel()
 
     def _open_copier(self) -> Copier | None:
@@ -251,13 +166,8 @@ class Node:
         self._allow.members = members
 
     def _build(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
-        machines: dict[ActorName, Machine] = settings.build()
-        machines |= {OWN + name: Hosted(actor, self.id) for name, actor in self._own.items()}
-        self._runners = {
-            name: Runner(name, machine, tell=self._tell, report=self._report, recorder=recorder)
-            for name, machine in machines.items()
-        }
-        keeper, runners = self._keeper, self._runners
+        self._switchboard.connect(settings.build(), self._report, recorder)
+        keeper, runners = self._keeper, self._switchboard.runners
         folder = audit_folder(self.config, self.id, self._workload)
         auditor = Auditor(folder, keeper.tensors) if folder is not None else None
         membership = MembershipActor(
@@ -288,7 +198,7 @@ class Node:
             nursery.start_soon(self._copier.run, name=f"copier of {self.id[:8]}")
         self._store.read_ledger = keeper.provide
         self._store.may_read = lambda peer: not self._allow.may_only_ask(peer)
-        self._store.on_taken = lambda round: self._post("training", ContributionTaken(round=round))
+        self._store.on_taken = lambda round: self._switchboard.post("training", ContributionTaken(round=round))
         training = TrainingActor(
             keeper,
             self._store,
@@ -300,60 +210,18 @@ class Node:
             auditor=auditor,
             stepping=self._stepping,
         )
-        actors: dict[ActorName, Performer] = {
+        performers: dict[ActorName, Performer] = {
             "membership": membership,
             "exchange": exchange,
             "checkpoint": checkpoint,
             "training": training,
         }
-        actors |= {OWN + name: OwnPerformer(actor, self._transport) for name, actor in self._own.items()}
-        for name, runner in self._runners.items():
-            nursery.start_soon(runner.run, actors[name].perform, name=f"{name} of {self.id[:8]}")
-
-    async def _listen(self) -> None:
-        """Hand what peers say to the machine that it concerns. A full inbox loses messages, never events of our own."""
-        async for notice in self._transport.notices:
-            self._on_notice(notice)
-
-    def _on_notice(self, notice: Notice) -> None:
-        match notice:
-            case Received(peer=peer, message=message) if self._allow.may_only_ask(peer):
-                if isinstance(message, AskRun):
-                    self._runners["membership"].offer(Heard(peer=peer, message=message))
-                else:
-                    self._log.warning("message_of_an_invitation_ignored", peer=peer, message=type(message).__name__)
-            case Received(peer=peer, message=Own() as own):
-                self._on_own(peer, own)
-            case Received(peer=peer, message=message):
-                self._runners[_concerned(message)].offer(Heard(peer=peer, message=message))
-                if isinstance(message, ViewUpdate | AskView):  # for both: a plan may refer to an older view
-                    self._runners["exchange"].offer(Heard(peer=peer, message=message))
-            case Denied(peer=peer, address=address):
-                self._runners["membership"].offer(DoorClosed(peer=peer, address=address))
-            case Reachable(peer=peer, reachable=reachable):
-                self._post("membership", Reached(peer=peer, reachable=reachable))  # our own connections: never lost
-            case Violation(peer=peer, plane=plane, reason=reason, count=count, shut_out=shut_out):
-                event = Offended(peer=peer, plane=plane, reason=reason[:1024], times=count, shut_out=shut_out)
-                self._runners["membership"].offer(event)
-
-    def _on_own(self, peer: str, own: Own) -> None:
-        """To a user's own actor, if this node has it."""
-        actor = self._own.get(own.actor)
-        if actor is None:
-            self.ignored_messages += 1
-            return
-        try:
-            read(actor, "messages", own.body)
-        except ProtocolError as error:
-            self._transport.accuse(peer, f"to the actor {own.actor}: {error}")
-        else:
-            self._runners[OWN + own.actor].offer(Heard(peer=peer, message=own))
+        self._switchboard.start(nursery, performers)
 
     # --- from open to closed ------------------------------------------------------------------------------------
 
     def _start(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
         self._build(nursery, settings, recorder)
-        nursery.start_soon(self._listen)
         nursery.start_soon(self._end_events)
         nursery.start_soon(self._measure)
         if self._station is not None:
@@ -361,7 +229,7 @@ class Node:
         self._transport.serve(self._store)
         restored = self._restored
         self._keeper.announce()
-        self._post("training", StateAt(round=restored.round, digest=restored.digest, chain=restored.chain))
+        self._switchboard.post("training", StateAt(round=restored.round, digest=restored.digest, chain=restored.chain))
 
     async def _measure(self) -> None:
         """Tell membership how this node does, for those who watch."""
@@ -369,7 +237,7 @@ class Node:
         while True:
             figures = self._gauge.figures(self.traffic.sent, self.traffic.received)
             if figures != last:
-                self._post("membership", Measured(figures=figures))
+                self._switchboard.post("membership", Measured(figures=figures))
                 last = figures
             await trio.sleep(self.config.run.heartbeat_s)
 
@@ -403,20 +271,6 @@ class Node:
             await self._keeper.save()
             if self._copier is not None:
                 await self._copier.push()
-
-
-def _level(fact: Fact) -> str:
-    """Of the log. What comes each second, or with each step, is for who looks for it."""
-    if isinstance(fact, InnerStepDone | MembersSeen):
-        return "debug"
-    return "warning" if isinstance(fact, WARNINGS) else "info"
-
-
-def _concerned(message: Message) -> ActorName:
-    """The machine that a message is for."""
-    if isinstance(message, RoundMessage):
-        return "exchange"
-    return "checkpoint" if isinstance(message, LedgerMessage) else "membership"
 
 
 def _default_workload(config: Config) -> Workload:
@@ -471,12 +325,10 @@ async def open_with(
     actors: Sequence[OwnActor] = (),
 ) -> AsyncIterator[Node]:
     """As :func:`open_node`; ``stepping`` does the inner steps, if not the workload."""
-    if len({actor.name for actor in actors}) < len(actors):
-        raise LocalError(f"two actors have one name: {', '.join(sorted(actor.name for actor in actors))}")
     async with AsyncExitStack() as stack:
         allow = allow_list(config.node)
         if transport is None:
-            transport = await stack.enter_async_context(open_transport(config.node, workload, allow))
+            transport = await stack.enter_async_context(open_transport(config.node, largest_payload(workload), allow))
         node = Node(config, transport, workload, allow, stepping, actors)
         if config.node.dashboard or config.node.sinks:
             node._station = stack.enter_context(_open_station(config, transport.id))
@@ -485,7 +337,8 @@ async def open_with(
         recorder = None
         record_to = record_path(config, node.id)
         if record_to is not None:
-            recorder = stack.enter_context(closing(LogWriter(record_to, node.id, settings, list(node._own))))
+            own = list(node._switchboard.own)
+            recorder = stack.enter_context(closing(LogWriter(record_to, node.id, settings, own)))
         try:
             with single_errors(), node._scope:
                 async with trio.open_nursery() as nursery:
