@@ -1,7 +1,8 @@
 """Train one language model on computers that belong to many people, over ordinary internet links.
 
 ``prime_async.open_node(config)`` runs a node inside a trio program; the command ``prime-async`` does the same.
-``prime_async.open_exchange(config, elements)`` averages tensors among friends, and nothing else.
+``prime_async.open_exchange(config, elements)`` averages tensors among friends, and nothing else;
+``prime_async.open_membership(config)`` agrees with others on who is there.
 """
 
 from __future__ import annotations
@@ -13,25 +14,31 @@ from prime_async.errors import PrimeAsyncError
 if TYPE_CHECKING:
     from prime_async.config.load import load_config, parse_config
     from prime_async.config.schema import Config
-    from prime_async.node import Friends, Node, open_exchange, open_node
+    from prime_async.node import Change, Friends, Group, Node, open_exchange, open_membership, open_node
 
 __all__ = [
+    "Change",
     "Config",
     "Friends",
+    "Group",
     "Node",
     "PrimeAsyncError",
     "load_config",
     "open_exchange",
+    "open_membership",
     "open_node",
     "parse_config",
 ]
 
 _HOMES = {
+    "Change": "prime_async.node",
     "Config": "prime_async.config.schema",
     "Friends": "prime_async.node",
+    "Group": "prime_async.node",
     "Node": "prime_async.node",
     "load_config": "prime_async.config.load",
     "open_exchange": "prime_async.node",
+    "open_membership": "prime_async.node",
     "open_node": "prime_async.node",
     "parse_config": "prime_async.config.load",
 }

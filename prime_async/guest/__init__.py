@@ -5,6 +5,17 @@ loop on Linux; uvloop and Windows are not tested.
 """
 
 from prime_async.guest.exchange import GuestFriends, open_exchange
+from prime_async.guest.membership import GuestGroup, open_membership
 from prime_async.guest.node import GuestEvents, GuestNode, open_node
+from prime_async.guest.stream import GuestStream
 
-__all__ = ["GuestEvents", "GuestFriends", "GuestNode", "open_exchange", "open_node"]
+__all__ = [
+    "GuestEvents",
+    "GuestFriends",
+    "GuestGroup",
+    "GuestNode",
+    "GuestStream",
+    "open_exchange",
+    "open_membership",
+    "open_node",
+]

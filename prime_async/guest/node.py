@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import prime_async.node
 from prime_async.config.schema import Config
 from prime_async.guest.side import TrioSide, trio_side
+from prime_async.guest.stream import GuestStream
 from prime_async.machines.facts import Fact
 from prime_async.machines.own import OwnActor
 from prime_async.node.events import EventStream
@@ -19,28 +19,17 @@ from prime_async.transport.base import Traffic, Transport
 from prime_async.work.workload import Workload
 
 
-class GuestEvents:
+class GuestEvents(GuestStream[Fact]):
     """A node's events for asyncio; see :class:`~prime_async.node.events.EventStream`."""
 
     def __init__(self, side: TrioSide, stream: EventStream) -> None:
-        self._side = side
-        self._stream = stream
+        super().__init__(side, stream)
+        self._events = stream
 
     @property
     def missed(self) -> int:
         """Facts that nobody read in time."""
-        return self._stream.missed
-
-    def __aiter__(self) -> GuestEvents:
-        return self
-
-    async def __anext__(self) -> Fact:
-        await asyncio.sleep(0)
-        while (fact := self._stream.take()) is None:
-            if self._stream.closed:
-                raise StopAsyncIteration
-            await self._side.run(self._stream.wait)  # cancelled, it has taken nothing
-        return fact
+        return self._events.missed
 
 
 class GuestNode:

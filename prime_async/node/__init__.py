@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from prime_async.node.changes import Change
     from prime_async.node.exchange import Friends, open_exchange
+    from prime_async.node.membership import Group, open_membership
     from prime_async.node.node import Node, open_node
 
-__all__ = ["Friends", "Node", "open_exchange", "open_node"]
+__all__ = ["Change", "Friends", "Group", "Node", "open_exchange", "open_membership", "open_node"]
 
 _HOMES = {
+    "Change": "prime_async.node.changes",
     "Friends": "prime_async.node.exchange",
+    "Group": "prime_async.node.membership",
     "Node": "prime_async.node.node",
     "open_exchange": "prime_async.node.exchange",
+    "open_membership": "prime_async.node.membership",
     "open_node": "prime_async.node.node",
 }
 
