@@ -69,6 +69,15 @@ def test_every_command_explains_itself(name: str) -> None:
     assert "Usage: prime-async" in run(name, "--help").stdout
 
 
+def test_commands_that_do_not_train_start_without_torch() -> None:
+    """Given what a user runs to begin, when it is imported, then torch is not: it takes a second."""
+    names = ("init", "invite", "check", "join", "docs", "status", "run", "demo")
+    script = f"import sys, {', '.join(f'prime_async.cli.{name}' for name in names)}; print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
+
+
 def test_init_check_and_run_lead_a_new_user_to_a_training_node(tmp_path: Path) -> None:
     """Given a fresh directory, when a user does as each command says, then a node trains, stops well, and goes on."""
     home = tmp_path / "node"

@@ -1,7 +1,9 @@
-"""The inner optimisers: torch's own, each on the parameters that it is for."""
+"""The inner optimisers, against torch's own, each on the parameters that it is for."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,7 @@ from prime_async.config.schema import InnerSettings
 from prime_async.errors import ConfigError
 from prime_async.work.llama import LlamaConfig, build_llama
 from prime_async.work.optimizer import MUON_MOMENTUM, InnerOptimizer
+from tests.processes import ROOT
 
 TINY = LlamaConfig(vocab_size=256, width=32, layers=2, heads=2, kv_heads=1, ffn_width=64, tied_embeddings=False)
 RATE = 0.01
@@ -50,6 +53,32 @@ def is_of_a_layer(parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and parameter.shape[0] != TINY.vocab_size
 
 
+def test_adamw_is_torchs_to_the_bit_moments_too() -> None:
+    """Given a parameter without a gradient, too, which stays as it is."""
+    ours, reference = model_of(), model_of()
+    for model in (ours, reference):
+        model.get_parameter("model.norm.weight").grad = None
+    named = dict(reference.named_parameters())
+    decayed = [p for p in named.values() if p.ndim > 1]
+    plain = [p for p in named.values() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = optimizer_of(ours, "adamw")
+    for step in range(3):
+        for group in adamw.param_groups:
+            group["lr"] = RATE / (1 + step)
+        adamw.step()
+        optimizer.step(RATE / (1 + step))
+        for model in (ours, reference):
+            set_gradients(model, step)
+
+    assert all(torch.equal(p, named[name]) for name, p in ours.named_parameters())
+    moments = {(name, kind): tensor for name, kind, tensor in optimizer.moments()}
+    wanted = {(name, kind): tensor for name, p in named.items() for kind, tensor in adamw.state[p].items()}
+    assert moments.keys() == wanted.keys()
+    assert all(torch.equal(moments[key], tensor) for key, tensor in wanted.items())
+
+
 def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
     ours, reference = model_of(), model_of()
     named = dict(reference.named_parameters())
@@ -79,6 +108,22 @@ def test_sgd_is_plain() -> None:
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.detach(), before[name] - RATE * parameter.grad)
     assert list(optimizer_of(model, "sgd").moments()) == []
+
+
+SLOW_IMPORTS = ["torch._dynamo", "sympy"]
+ONE_STEP = """
+import sys
+import tests.test_inner as inner
+inner.trainer_of(inner.run_spec()).train(0, 1, inner.ignore)
+print(*[name for name in {} if name in sys.modules])
+"""
+
+
+def test_a_node_that_compiles_nothing_does_not_import_the_compiler() -> None:
+    """Its import takes a second of CPU time, and many ways lead to it."""
+    command = [sys.executable, "-c", ONE_STEP.format(SLOW_IMPORTS)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -15,7 +15,7 @@ from prime_async.config.schema import Config, RunSpec
 from prime_async.config.spec import flatten
 from prime_async.config.template import node_toml
 from prime_async.errors import ConfigError
-from prime_async.node.build import advertised_host
+from prime_async.node.address import advertised_host
 from prime_async.transport.keys import write_key_file
 
 CONFIG_FILE = "node.toml"

@@ -25,7 +25,6 @@ from prime_async.config.template import node_toml
 from prime_async.errors import ConfigError, EnvironmentFault
 from prime_async.node.invite import open_door
 from prime_async.transport.keys import KeyPair, read_key_file, write_key_file
-from prime_async.work.codec import make_codec
 
 PORT_PAIRS: Final = 50
 MEASURED_STEPS: Final = 3
@@ -191,6 +190,8 @@ def _free_ports(host: str) -> dict[str, int]:
 
 def _description(config: Config, speed: StepSpeed) -> str:
     """What taking part will mean for this machine."""
+    from prime_async.work.codec import make_codec
+
     run = config.run
     steps = run.steps_per_round
     rounds = (

@@ -16,7 +16,7 @@ from prime_async.config.load import load_config
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
 from prime_async.errors import ConfigError, PrimeAsyncError
-from prime_async.node.build import advertised_host, contacts_of
+from prime_async.node.address import advertised_host, contacts_of
 from prime_async.transport.keys import read_key_file
 from prime_async.watch.station import open_listener
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from blake3 import blake3
 
 from prime_async.audit import AuditFolder
-from prime_async.config.contact import Contact
 from prime_async.config.schema import Config, NodeSettings
 from prime_async.config.spec import flatten, run_id
 from prime_async.errors import ConfigError
@@ -21,7 +20,7 @@ from prime_async.machines.exchange import ExchangeSettings
 from prime_async.machines.membership import ContactPoint, MembershipSettings
 from prime_async.machines.training import TrainingSettings
 from prime_async.messages import Commit, Member
-from prime_async.node.address import WILDCARDS, address_towards
+from prime_async.node.address import advertised_host, contacts_of
 from prime_async.node.allow import AllowList
 from prime_async.transport.base import Transport
 from prime_async.transport.keys import read_key_file
@@ -37,24 +36,6 @@ CATCH_UP_BYTES = 16 << 20
 RECORD_BYTES = 1 << 14
 RECORD_BYTES_PER_CHUNK = 32 + (1 << 13) + 64
 """A record or manifest is at most so large: a digest and, if each mean has other contributors, a bitmap."""
-SOMEWHERE = ("192.0.2.1", 9)
-"""An address of TEST-NET (RFC 5737), to ask for the default route; nothing is sent there."""
-
-
-def contacts_of(node: NodeSettings) -> list[Contact]:
-    """The members to ask."""
-    return [Contact.parse(text) for text in node.join]
-
-
-def advertised_host(node: NodeSettings) -> str:
-    """The host that others are told to dial."""
-    if node.advertise:
-        return node.advertise
-    if node.host not in WILDCARDS:
-        return node.host
-    contacts = contacts_of(node)
-    towards = (contacts[0].host, contacts[0].port) if contacts else SOMEWHERE
-    return address_towards(*towards) or "127.0.0.1"
 
 
 def allow_list(node: NodeSettings) -> AllowList:

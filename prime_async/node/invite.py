@@ -17,8 +17,8 @@ from prime_async.config.schema import Config, RunSpec
 from prime_async.config.spec import run_id, settings_id
 from prime_async.errors import ConfigError, PeerUnreachableError, ProtocolError, RefusedError
 from prime_async.messages import AskRun, Refuse, RunInfo
+from prime_async.node.address import advertised_host, contacts_of
 from prime_async.node.allow import INVITATIONS, TIME_FORMAT
-from prime_async.node.build import advertised_host, contacts_of
 from prime_async.node.files import append_line
 from prime_async.transport.base import Denied, Received, Transport
 from prime_async.transport.keys import KeyPair, generate, key_from_secret, read_key_file

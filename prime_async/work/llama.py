@@ -186,7 +186,10 @@ class Backbone(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        # On the meta device nn.Embedding's own first values would import torch's compiler, nearly a second of CPU time.
+        self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            torch.empty(config.vocab_size, config.width), freeze=False
+        )
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
 
@@ -220,9 +223,7 @@ def build_llama(config: LlamaConfig, seed: int) -> Llama:
     Matrices are normal with ``init_std``; those that write to the residual stream are divided by sqrt(2 layers), so
     that its size does not grow with the depth (GPT-2). Norm weights are one.
     """
-    with torch.device("meta"):
-        model = Llama(config)
-    model.to_empty(device="cpu")
+    model = _uninitialised(config)
     residual_std = config.init_std / math.sqrt(2 * config.layers)
     for name, parameter in model.named_parameters():
         values = parameter.detach().view(-1)
@@ -236,9 +237,7 @@ def build_llama(config: LlamaConfig, seed: int) -> Llama:
 
 def empty_llama(config: LlamaConfig) -> Llama:
     """A Llama on the host whose weights are all zero."""
-    with torch.device("meta"):
-        model = Llama(config)
-    model.to_empty(device="cpu")
+    model = _uninitialised(config)
     for parameter in model.parameters():
         parameter.detach().zero_()
     return model
@@ -249,12 +248,26 @@ def load_llama(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Llama:
 
     Raises :class:`~prime_async.errors.ConfigError` if they are not those of ``config``.
     """
-    with torch.device("meta"):
-        model = Llama(config)
+    model = _without_weights(config)
     try:
         model.load_state_dict(dict(weights), strict=True, assign=True)
     except RuntimeError as error:
         raise ConfigError([f"the weights are not those of {config}: {error}"]) from error
+    return model
+
+
+def _without_weights(config: LlamaConfig) -> Llama:
+    with torch.device("meta"):
+        return Llama(config)
+
+
+def _uninitialised(config: LlamaConfig) -> Llama:
+    """A Llama on the host whose weights are whatever the memory held.
+
+    As ``to_empty`` would make it, which imports sympy on the way, a fifth of a second of CPU time.
+    """
+    model = _without_weights(config)
+    model.load_state_dict({name: torch.empty(p.shape) for name, p in model.named_parameters()}, assign=True)
     return model
 
 

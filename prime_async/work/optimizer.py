@@ -1,16 +1,37 @@
-"""The inner optimisers, over torch's own: one object for those that take different parameters differently."""
+"""The inner optimisers: one object for those that take different parameters differently."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prime_async.config.schema import InnerSettings
 from prime_async.errors import ConfigError
+from prime_async.work.adamw import AdamW, Group, Sgd
 
 MUON_MOMENTUM = 0.95
+
+
+class _Rule(Protocol):
+    """How some parameters are moved."""
+
+    @property
+    def state(self) -> MutableMapping[Tensor, dict[str, Tensor]]:
+        """Moments of the parameters that have been moved, by their names."""
+
+    def step(self, learning_rate: float) -> None:
+        """One step on the gradients that the parameters have."""
+
+
+class _Share(NamedTuple):
+    """A rule and the parameters, by name, that it moves."""
+
+    rule: _Rule
+    parameters: Mapping[str, nn.Parameter]
+    kinds: frozenset[str]  # the moments that are kept of each
 
 
 class InnerOptimizer:
@@ -28,63 +49,53 @@ class InnerOptimizer:
         Raises :class:`~prime_async.errors.ConfigError` if this torch does not have the optimiser.
         """
         trained = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
-        self._parameters = trained
-        self._kinds: dict[str, set[str]] = {}  # what is kept of each parameter
-        self._optimizers: list[torch.optim.Optimizer] = []
-        if settings.optimizer == "sgd":
-            self._kinds = {name: set() for name in trained}
-            self._optimizers = [torch.optim.SGD(trained.values(), lr=settings.learning_rate)]
-            return
-        orthogonal = _of_layers(model, trained, vocab_size) if settings.optimizer == "muon" else {}
-        rest = {name: p for name, p in trained.items() if name not in orthogonal}
-        if orthogonal:
-            self._add(_muon(orthogonal, settings), orthogonal, {"momentum_buffer"})
-        if rest:
-            self._add(_adamw(rest, settings), rest, {"exp_avg", "exp_avg_sq", "step"})
+        self._shares = _share_out(model, trained, settings, vocab_size)
 
     def step(self, learning_rate: float) -> None:
         """One step on the gradients that the parameters have."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
+        for share in self._shares:
+            share.rule.step(learning_rate)
 
     def reset(self) -> None:
         """Forget the moments, as in the first step."""
-        for optimizer in self._optimizers:
-            optimizer.state.clear()
+        for share in self._shares:
+            share.rule.state.clear()
 
     def moments(self) -> Iterator[tuple[str, str, Tensor]]:
         """What is kept: a parameter's name, what it is, and the tensor."""
-        for optimizer in self._optimizers:
-            state = optimizer.state
-            for name, parameter in self._parameters.items():
-                if parameter in state:
-                    for kind, tensor in sorted(state[parameter].items()):
-                        yield name, kind, tensor
+        for share in self._shares:
+            for name, parameter in share.parameters.items():
+                for kind, tensor in sorted(share.rule.state.get(parameter, {}).items()):
+                    yield name, kind, tensor
 
     def load(self, found: Mapping[str, Mapping[str, Tensor]]) -> bool:
         """Take over moments, by the parameter's name and by kind. ``False`` if they do not fit: nothing has changed."""
-        if {name: set(kinds) for name, kinds in found.items()} != {n: k for n, k in self._kinds.items() if k}:
+        shares = [share for share in self._shares if share.kinds]
+        if {n: set(kinds) for n, kinds in found.items()} != {n: set(s.kinds) for s in shares for n in s.parameters}:
             return False
-        for name, moments in found.items():
-            shape = self._parameters[name].shape
-            if any(t.shape not in (shape, torch.Size([])) for t in moments.values()):
-                return False
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    name = next(n for n, p in self._parameters.items() if p is parameter)
-                    if name in found:
-                        moments = found[name]
-                        optimizer.state[parameter] = {
-                            kind: tensor.to(parameter.device, torch.float32) for kind, tensor in moments.items()
-                        }
+        parameters = [(share, name, p) for share in shares for name, p in share.parameters.items()]
+        if any(t.shape not in (p.shape, torch.Size([])) for _, name, p in parameters for t in found[name].values()):
+            return False
+        for share, name, parameter in parameters:
+            moments = {kind: tensor.to(parameter.device, torch.float32) for kind, tensor in found[name].items()}
+            share.rule.state[parameter] = moments
         return True
 
-    def _add(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], kinds: set[str]) -> None:
-        self._optimizers.append(optimizer)
-        self._kinds |= dict.fromkeys(parameters, kinds)
+
+def _share_out(
+    model: nn.Module, trained: dict[str, nn.Parameter], settings: InnerSettings, vocab_size: int
+) -> list[_Share]:
+    """Which rule moves which parameters."""
+    if settings.optimizer == "sgd":
+        return [_Share(Sgd(list(trained.values())), trained, frozenset())]
+    orthogonal = _of_layers(model, trained, vocab_size) if settings.optimizer == "muon" else {}
+    rest = {name: p for name, p in trained.items() if name not in orthogonal}
+    shares: list[_Share] = []
+    if orthogonal:
+        shares.append(_Share(_Muon(orthogonal, settings), orthogonal, frozenset({"momentum_buffer"})))
+    if rest:
+        shares.append(_Share(_adamw(rest, settings), rest, frozenset({"exp_avg", "exp_avg_sq", "step"})))
+    return shares
 
 
 def _of_layers(model: nn.Module, trained: Mapping[str, nn.Parameter], vocab_size: int) -> dict[str, nn.Parameter]:
@@ -96,25 +107,33 @@ def _of_layers(model: nn.Module, trained: Mapping[str, nn.Parameter], vocab_size
     }
 
 
-def _adamw(parameters: Mapping[str, nn.Parameter], settings: InnerSettings) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=settings.learning_rate, betas=settings.betas, fused=True)
+def _adamw(parameters: Mapping[str, nn.Parameter], settings: InnerSettings) -> AdamW:
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim <= 1]
+    return AdamW([Group(matrices, settings.weight_decay), Group(others, 0.0)], settings.betas)
 
 
-def _muon(parameters: Mapping[str, nn.Parameter], settings: InnerSettings) -> torch.optim.Optimizer:
-    kind = getattr(torch.optim, "Muon", None)
-    if kind is None:
-        text = f'[run] inner.optimizer = "muon": torch {torch.__version__} has none; install torch 2.9 or newer'
-        raise ConfigError([text])
-    optimizer: torch.optim.Optimizer = kind(
-        list(parameters.values()),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        momentum=MUON_MOMENTUM,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return optimizer
+class _Muon:
+    """torch's, with the learning rate as an argument."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: InnerSettings) -> None:
+        kind = getattr(torch.optim, "Muon", None)
+        if kind is None:
+            text = f'[run] inner.optimizer = "muon": torch {torch.__version__} has none; install torch 2.9 or newer'
+            raise ConfigError([text])
+        self._optimizer: torch.optim.Optimizer = kind(
+            list(parameters.values()),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            momentum=MUON_MOMENTUM,
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    @property
+    def state(self) -> MutableMapping[Tensor, dict[str, Tensor]]:
+        return self._optimizer.state
+
+    def step(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
