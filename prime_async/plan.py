@@ -17,7 +17,7 @@ trains is not in it: that is for nodes whose GPU trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,6 +34,7 @@ GOOD_DELAY, BEARABLE_DELAY = 0.05, 0.25
 RECOMMENDED: Final[tuple[ContributionCodec, ...]] = ("int8", "int4")
 """Whose loss is close to that of fp32. The sparse codec sends much less, and is for who has compared the loss."""
 STEPS: Final = (50, 100, 200, 500, 1000, 2000)
+CHUNK_ELEMENTS: Final = ExchangeSettings().chunk_elements
 INNER_BYTES: Final = 16
 """Per parameter where it is trained: weights, gradients, AdamW's two moments."""
 OUTER_BYTES: Final = 8
@@ -83,13 +84,19 @@ class Forecast:
 
 def payload_bytes(parameters: int, codec: ContributionCodec) -> int:
     """Of a contribution to the whole vector."""
-    return make_codec(codec).payload_bytes(parameters)
+    return _by_chunks(parameters, make_codec(codec).payload_bytes)
 
 
 def mean_bytes(parameters: int, codec: ContributionCodec, nodes: int) -> int:
     """Of a mean of the whole vector; of ``topk`` contributions one that have no element in common."""
-    means = ExchangeSettings(codec=codec).codec_of_means
-    return mean_payload_bytes(make_codec(means), parameters, nodes)
+    means = make_codec(ExchangeSettings(codec=codec).codec_of_means)
+    return _by_chunks(parameters, lambda elements: mean_payload_bytes(means, elements, nodes))
+
+
+def _by_chunks(parameters: int, bytes_of: Callable[[int], int]) -> int:
+    """What is sent of the whole vector, chunk by chunk of the usual size. ``bytes_of``: of so many elements."""
+    chunks, rest = divmod(parameters, CHUNK_ELEMENTS)
+    return chunks * bytes_of(CHUNK_ELEMENTS) + (bytes_of(rest) if rest else 0)
 
 
 def sent_bytes(setup: Setup, codec: ContributionCodec, parameters: int) -> float:

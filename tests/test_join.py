@@ -52,10 +52,14 @@ async def next_message(door: Door) -> Message:
 
 
 def test_a_string_and_one_question_lead_to_a_node_that_trains(tmp_path: Path) -> None:
-    """Given a run, when somebody joins with the string of a member, then they train together."""
-    control, bulk = unused_tcp_ports(2)
+    """Given a run, when somebody joins with the string of a member, then they train together.
+
+    Rounds take longer than with SMALL alone, so that the joiner has not thousands of them to catch up with.
+    """
+    ports = unused_tcp_ports(2)
     home, guest = tmp_path / "first", tmp_path / "guest"
-    run("init", home, *SMALL, '--set=run.name="ours"', f"--set=node.port={control}", f"--set=node.bulk_port={bulk}")
+    doors = (f"--set=node.port={ports[0]}", f"--set=node.bulk_port={ports[1]}")
+    run("init", home, *SMALL, *doors, '--set=run.name="ours"', "--set=run.round.inner_steps=30")
     with subprocess.Popen(command("run", home / "node.toml", "--events"), stdout=subprocess.PIPE, text=True) as first:
         told = lines_of(first)
         wait_for(told, "founded")
