@@ -54,7 +54,8 @@ class Member(Struct, frozen=True, kw_only=True):
     ``active`` members take part in a round; the others still fetch the state. ``voter``: it has completed a round, and
     views and commits need a majority of those. ``reachable``: others can dial it, so it may own chunks, and lead.
     ``witness``: it votes and serves, and does not train. ``weight`` is the share of the chunks that the member
-    reduces, relative to the other members' weights.
+    reduces, relative to the other members' weights. ``rejected``: so many of its contributions could not be used, and
+    were given up.
     """
 
     id: NodeId
@@ -67,6 +68,7 @@ class Member(Struct, frozen=True, kw_only=True):
     voter: bool = False
     reachable: bool = False
     witness: bool = False
+    rejected: Count = 0
 
 
 class Commit(Struct, frozen=True, kw_only=True):
@@ -99,7 +101,7 @@ class View(Struct, frozen=True, kw_only=True):
     number: Count
     previous: Digest
     leader: NodeId
-    members: Annotated[tuple[Member, ...], Meta(max_length=65536)]  # and MAX_CONTROL_BYTES: about 4,500 in one message
+    members: Annotated[tuple[Member, ...], Meta(max_length=65536)]  # and MAX_CONTROL_BYTES: about 4,300 in one message
     commit: Commit | None = None
 
     def member(self, node: str) -> Member | None:
@@ -416,12 +418,14 @@ class Vouch(Struct, frozen=True, kw_only=True, tag_field="t", tag="vouch"):
 class Ready(Struct, frozen=True, kw_only=True, tag_field="t", tag="ready"):
     """A member's contribution to ``round`` is fixed and can be fetched; ``weight`` is its tokens.
 
-    With weight 0: the member contributes nothing, and asks for the plan of the round it is at.
+    With weight 0: the member contributes nothing, and asks for the plan of the round it is at. ``rejected``: as the
+    view lists it, and as its contribution's chunks are called; one that was made before its last rejection is void.
     """
 
     round: Count
     weight: Tokens
     incarnation: Count
+    rejected: Count = 0
 
 
 class Turn(Struct, frozen=True, kw_only=True):
@@ -511,6 +515,20 @@ class Have(Struct, frozen=True, kw_only=True, tag_field="t", tag="have"):
     rates: Annotated[tuple[Rate, ...], Meta(max_length=64)] = ()
 
 
+class Unusable(Struct, frozen=True, kw_only=True, tag_field="t", tag="unusable"):
+    """An owner to the leader: of a chunk of mine nobody's contribution to this plan can be used.
+
+    ``contributors``: those, of the members of the plan's view that are still there, whose bytes are not valid, or are
+    not there and will not be.
+    """
+
+    round: Count
+    epoch: Count
+    attempt: Count
+    contributors: Bitmap
+    incarnation: Count
+
+
 class Behind(Struct, frozen=True, kw_only=True, tag_field="t", tag="behind"):
     """The leader to a member whose round it no longer has: the outer state is at ``round``, fetch it."""
 
@@ -556,13 +574,13 @@ Message: TypeAlias = (
     Hello | Welcome | Redirect | Refuse | Heartbeat | HeartbeatAck | Propose | Accepted | AskView | ViewUpdate
     | PreVote | Support | Prepare | Promise | Outvoted | Goodbye | AskRoster | Roster
     | AskRun | RunInfo | Vouch
-    | Ready | Plan | Open | Ask | Held | Have | Behind
+    | Ready | Plan | Open | Ask | Held | Have | Unusable | Behind
     | AskLedger | Holdings
     | Own
 )  # fmt: skip
 """Every message of the control plane."""
 
-RoundMessage: TypeAlias = Ready | Plan | Open | Ask | Held | Have | Behind
+RoundMessage: TypeAlias = Ready | Plan | Open | Ask | Held | Have | Unusable | Behind
 """Those that concern the exchange of a round."""
 
 LedgerMessage: TypeAlias = AskLedger | Holdings
@@ -576,8 +594,9 @@ class ChunkKey(Struct, frozen=True, kw_only=True, order=True):
     """Names immutable bytes: ``contribution/round/chunk``, ``mean/round/chunk/(epoch, attempt)``,
     ``state/round/chunk``, ``manifest/round/0`` or ``record/round/0``.
 
-    A contribution's name does not hold the node, since it is asked of the node whose it is. A manifest is an encoded
-    :class:`Manifest`, a record an encoded :class:`Record`.
+    A contribution's name does not hold the node, since it is asked of the node whose it is. Its ``attempt`` is how many
+    of that node were rejected before it was made (``Member.rejected``). A manifest is an encoded :class:`Manifest`, a
+    record an encoded :class:`Record`.
     """
 
     kind: ChunkKind
@@ -587,7 +606,7 @@ class ChunkKey(Struct, frozen=True, kw_only=True, order=True):
     attempt: Count = 0
 
     def __str__(self) -> str:
-        attempt = f"/({self.epoch}, {self.attempt})" if self.kind == "mean" else ""
+        attempt = f"/({self.epoch}, {self.attempt})" if self.kind == "mean" or self.attempt else ""
         return f"{self.kind}/{self.round}/{self.chunk}{attempt}"
 
 

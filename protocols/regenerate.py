@@ -60,6 +60,7 @@ from prime_async.machines.vocabulary import (
     Fetched,
     FetchFailed,
     FetchState,
+    FoundUnusable,
     Halt,
     Halted,
     Heard,
@@ -78,6 +79,7 @@ from prime_async.machines.vocabulary import (
     Reached,
     RecordRead,
     Reduced,
+    Rejected,
     Restored,
     RoundOpened,
     RoundStored,
@@ -145,6 +147,7 @@ from prime_async.messages import (
     RunInfo,
     Support,
     Turn,
+    Unusable,
     View,
     ViewUpdate,
     Vouch,
@@ -203,6 +206,7 @@ FULL = Member(
     voter=True,
     reachable=True,
     witness=True,
+    rejected=MOST,
 )
 LINEAGE = blake3(b"the founding").digest()
 MEANS = b"".join(blake3(bytes([chunk])).digest() for chunk in range(3))
@@ -430,8 +434,9 @@ def control_cases() -> list[tuple[str, Any]]:
         ("goodbye", Goodbye(incarnation=1700000000000)),
         ("goodbye_of_the_leader", Goodbye(incarnation=7, text="the leader has left")),
         ("ready", Ready(round=12, weight=65536, incarnation=1700000000000)),
+        ("ready_again", Ready(round=12, weight=65536, incarnation=1700000000000, rejected=2)),
         ("ready_asking", Ready(round=0, weight=0, incarnation=0)),
-        ("ready_most", Ready(round=MOST, weight=MOST_TOKENS, incarnation=MOST)),
+        ("ready_most", Ready(round=MOST, weight=MOST_TOKENS, incarnation=MOST, rejected=MOST)),
         ("plan", PLAN),
         (
             "plan_of_many",
@@ -523,6 +528,14 @@ def control_cases() -> list[tuple[str, Any]]:
                 rates=(Rate(position=MOST, bytes_per_s=MOST),),
             ),
         ),
+        (
+            "unusable",
+            Unusable(round=12, epoch=1, attempt=2, contributors=bitmap([0, 9]), incarnation=1700000000000),
+        ),
+        (
+            "unusable_most",
+            Unusable(round=MOST, epoch=MOST, attempt=MOST, contributors=b"\xff" * 8192, incarnation=MOST),
+        ),
         ("behind", Behind(round=13)),
         ("behind_most", Behind(round=MOST)),
         ("ask_ledger", AskLedger()),
@@ -554,6 +567,10 @@ def bulk_cases() -> list[tuple[str, Any]]:
     mean = ChunkKey(kind="mean", round=12, chunk=3, epoch=1, attempt=2)
     return [
         ("get_contribution", Get(id=1, key=ChunkKey(kind="contribution", round=12, chunk=3), wait_ms=60000)),
+        (
+            "get_contribution_after_a_rejection",
+            Get(id=1, key=ChunkKey(kind="contribution", round=12, chunk=3, attempt=1), wait_ms=60000),
+        ),
         ("get_mean", Get(id=2, key=mean, wait_ms=3_600_000)),
         ("get_settled_mean", Get(id=3, key=ChunkKey(kind="mean", round=12, chunk=3), wait_ms=7500)),
         ("get_state", Get(id=MOST, key=ChunkKey(kind="state", round=0, chunk=0), wait_ms=0)),
@@ -665,16 +682,17 @@ def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
 # --- rejected -------------------------------------------------------------------------------------------------------
 
 T = b"\x61t"
-READY = b"\xa4" + T + b"\x65ready" + b"\x65round\x01" + b"\x66weight\x02" + b"\x6bincarnation\x03"
+READY_END = b"\x68rejected\x00" + b"\x6bincarnation\x03"
+READY = b"\xa5" + T + b"\x65ready" + b"\x65round\x01" + b"\x66weight\x02" + READY_END
 
 
 def ready(round: bytes = b"\x01", weight: bytes = b"\x02") -> bytes:
-    return b"\xa4" + T + b"\x65ready" + b"\x65round" + round + b"\x66weight" + weight + b"\x6bincarnation\x03"
+    return b"\xa5" + T + b"\x65ready" + b"\x65round" + round + b"\x66weight" + weight + READY_END
 
 
 def ready_and(extra: bytes) -> bytes:
     """A ready with an unknown field, z, of these bytes."""
-    return b"\xa5" + T + b"\x65ready" + b"\x61z" + extra + READY.split(b"ready", 1)[1]
+    return b"\xa6" + T + b"\x65ready" + b"\x61z" + extra + READY.split(b"ready", 1)[1]
 
 
 def changed(message: Any, **fields: Any) -> bytes:
@@ -733,7 +751,7 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
         (
             "duplicate_key",
             "round comes twice",
-            READY.replace(b"\xa4", b"\xa5").replace(b"\x65round\x01", b"\x65round\x01" * 2),
+            READY.replace(b"\xa5", b"\xa6").replace(b"\x65round\x01", b"\x65round\x01" * 2),
             True,
         ),
         ("map_of_indefinite_length", "indefinite lengths are not allowed", b"\xbf" + READY[1:] + b"\xff", True),
@@ -1079,6 +1097,9 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("training", Captured(round=12)),
         ("training", Encoded(round=12, finite=True)),
         ("exchange", ContributionFixed(round=12, weight=65536)),
+        ("exchange", ContributionFixed(round=12, weight=65536, rejected=1)),
+        ("membership", FoundUnusable(peer=B, incarnation=1700000000123, round=12, times=1)),
+        ("training", Rejected(times=1)),
         ("training", ContributionTaken(round=12)),
         ("exchange", Fetched(peer=B, key=contribution, info=info)),
         ("exchange", FetchFailed(peer=B, key=contribution, fault="late")),

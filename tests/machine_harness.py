@@ -25,6 +25,7 @@ def member(
     witness: bool = False,
     voter: bool = False,
     reachable: bool = False,
+    rejected: int = 0,
 ) -> Member:
     return Member(
         id=id,
@@ -37,15 +38,23 @@ def member(
         witness=witness,
         voter=voter,
         reachable=reachable,
+        rejected=rejected,
     )
 
 
 def full_member(
-    id: str, *, active: bool = True, incarnation: int = 1, weight: int = 1, witness: bool = False
+    id: str, *, active: bool = True, incarnation: int = 1, weight: int = 1, witness: bool = False, rejected: int = 0
 ) -> Member:
     """One that has completed a round and can be dialled."""
     return member(
-        id, active=active, incarnation=incarnation, weight=weight, witness=witness, voter=active, reachable=True
+        id,
+        active=active,
+        incarnation=incarnation,
+        weight=weight,
+        witness=witness,
+        voter=active,
+        reachable=True,
+        rejected=rejected,
     )
 
 

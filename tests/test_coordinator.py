@@ -6,7 +6,7 @@ from prime_async.machines.coordinator import Coordinator
 from prime_async.machines.facts import OwnersLost, RoundTakenOver, StateDiverged, WaitingForMembers
 from prime_async.machines.fragments import Fragments
 from prime_async.machines.views import Views
-from prime_async.machines.vocabulary import CommitReady, Effect, Weighed
+from prime_async.machines.vocabulary import CommitReady, Effect, FoundUnusable, Send, Weighed
 from prime_async.messages import (
     FIRST_CHAIN,
     AskView,
@@ -19,6 +19,7 @@ from prime_async.messages import (
     Rate,
     Ready,
     Turn,
+    Unusable,
     View,
     bitmap,
     next_chain,
@@ -71,9 +72,12 @@ class Leader:
         self.machine.on_open(self.now, peer, message, out)
         return out
 
-    def ready(self, peer: str, round: int = 0, weight: int = 5, incarnation: int = 1) -> list[Effect]:
+    def ready(
+        self, peer: str, round: int = 0, weight: int = 5, incarnation: int = 1, rejected: int = 0
+    ) -> list[Effect]:
         out: list[Effect] = []
-        self.machine.on_ready(self.now, peer, Ready(round=round, weight=weight, incarnation=incarnation), out)
+        ready = Ready(round=round, weight=weight, incarnation=incarnation, rejected=rejected)
+        self.machine.on_ready(self.now, peer, ready, out)
         return out
 
     def have(
@@ -98,6 +102,14 @@ class Leader:
             rates=rates,
         )
         self.machine.on_have(self.now, peer, message, out)
+        return out
+
+    def unusable(
+        self, peer: str, who: tuple[int, ...] = (0, 1, 2), attempt: int = 0, incarnation: int = 1
+    ) -> list[Effect]:
+        out: list[Effect] = []
+        message = Unusable(round=0, epoch=1, attempt=attempt, contributors=bitmap(who), incarnation=incarnation)
+        self.machine.on_unusable(peer, message, out)
         return out
 
     def tick(self, now: float) -> list[Effect]:
@@ -256,6 +268,58 @@ def test_the_time_of_the_stragglers_begins_again_if_those_that_were_ready_leave(
     leader.now = 4.0
     leader.ready("n2", incarnation=2)
     assert leader.machine.next_at == 9.0
+
+
+# --- contributions that cannot be used ------------------------------------------------------------------------------
+
+
+def rejected(id: str, times: int = 1) -> Member:
+    return full_member(id, rejected=times)
+
+
+def test_what_an_owner_cannot_use_is_told_to_membership() -> None:
+    found = [FoundUnusable(peer=peer, incarnation=1, round=0, times=1) for peer in ("n0", "n2")]
+    assert told(planned().unusable("n1", (0, 2, 9)), "membership") == found
+
+
+def test_nobody_is_rejected_for_the_word_of_who_owns_nothing_or_goes_by_another_plan() -> None:
+    leader = planned(view(3, N0, N1, N2, full_member("n3", witness=True)))
+    leader.view(view(4, N0, N1, full_member("n2", incarnation=2)))
+    assert leader.unusable("n1", attempt=0) == [Send(peer="n1", message=leader.machine.attempt.plan)]  # type: ignore[union-attr]
+    assert leader.unusable("n2", attempt=1, incarnation=2) == []
+    assert leader.unusable("n1", attempt=1, incarnation=7) == []
+    assert opened().unusable("n1") == []
+
+
+def test_a_round_whose_contributions_are_all_rejected_waits_for_others() -> None:
+    """A repeated ready of what was rejected is none."""
+    leader = planned()
+    assert plan(leader.view(view(4, rejected("n0"), rejected("n1"), rejected("n2")))) is None
+    assert leader.machine.attempt is None
+    assert leader.ready("n0") == []
+    for peer in ("n0", "n1"):
+        assert plan(leader.ready(peer, rejected=1, weight=3)) is None
+    again = made(leader.ready("n2", rejected=1, weight=3))
+    assert (again.attempt, again.view, again.weights) == (1, 4, (3, 3, 3))
+    assert again.turns == (Turn(epoch=1, attempt=1),)
+
+
+def test_with_a_contributor_left_the_plan_stays() -> None:
+    """The owners leave out who was rejected."""
+    leader = planned()
+    assert plan(leader.view(view(4, rejected("n0"), N1, rejected("n2")))) is None
+    assert leader.machine.attempt is not None
+
+
+def test_a_new_leader_does_not_carry_on_what_is_rejected() -> None:
+    """It knows that from the view."""
+    at = view(4, rejected("n0"), rejected("n1"), rejected("n2"), epoch=2)
+    leader = Leader(at)
+    leader.machine.views.keep(THREE)
+    leader.open("n0", FIRST, epoch=2)
+    assert plan(leader.open("n1", FIRST, epoch=2)) is None or leader.machine.attempt is None
+    leader.tick(1.0)
+    assert leader.machine.attempt is None
 
 
 # --- owners and contributors that are lost --------------------------------------------------------------------------

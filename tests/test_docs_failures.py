@@ -73,6 +73,11 @@ def cut_off(run: Simulation) -> None:
     run.split([PEER], [n for n in NODES if n != PEER])
 
 
+def garble_all(run: Simulation) -> None:
+    for name in NODES:
+        run.garble(name)
+
+
 def lose_half(run: Simulation) -> None:
     run.crash(LEADER)
     run.crash("n1")
@@ -96,6 +101,7 @@ SCENARIOS: Final[dict[str, tuple[str, Callable[[Simulation], None], SimulationSe
     "training blows up at one node": (PEER, lambda run: run.spoil(PEER), SimulationSettings()),
     "a bit flips in memory": (PEER, lambda run: run.corrupt(PEER), SimulationSettings()),
     "a contribution is broken on its way": (PEER, lambda run: run.garble(PEER), SimulationSettings()),
+    "nobody's contribution can be used": (PEER, garble_all, SimulationSettings()),
 }
 
 

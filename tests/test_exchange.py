@@ -12,6 +12,7 @@ from prime_async.machines.exchange import Exchange, ExchangeSettings
 from prime_async.machines.facts import (
     ChunksReassigned,
     ChunksRedone,
+    ContributionRejected,
     ContributorLeftOut,
     RoundIgnored,
     RoundPlanned,
@@ -35,6 +36,7 @@ from prime_async.machines.vocabulary import (
     MeansStored,
     Reduce,
     Reduced,
+    Rejected,
     Settle,
     StateAt,
     StoreMeans,
@@ -58,6 +60,7 @@ from prime_async.messages import (
     Plan,
     Ready,
     Turn,
+    Unusable,
     View,
     ViewUpdate,
     bitmap,
@@ -393,7 +396,83 @@ def test_a_mean_in_which_nobody_was_valid_does_not_count() -> None:
     fetched(node, "n2", key("contribution", 1))
     node.handle(2.1, Reduced(key=mean(1), info=info(1), left_out=("n0", "n1", "n2")))
     assert not node.chunks.means.holds(1, (1, 0))
-    assert asked(node.handle(2.6, Tick())) == [("n0", "contribution", 1), ("n2", "contribution", 1)]
+    assert asked(node.handle(2.6, Tick())) == []
+
+
+# --- contributions that cannot be used ------------------------------------------------------------------------------
+
+EVERYBODY = Unusable(round=0, epoch=1, attempt=0, contributors=bitmap((0, 1, 2)), incarnation=1)
+
+
+def hopeless() -> tuple[Exchange, list[Effect]]:
+    """n1 can use nobody's contribution to its chunk."""
+    node, _ = planned()
+    fetched(node, "n0", key("contribution", 1))
+    failed(node, "n2", key("contribution", 1), "invalid")
+    node.handle(2.1, Reduced(key=mean(1), info=info(1), left_out=("n0", "n1")))
+    return node, node.handle(2.6, Tick())
+
+
+def test_the_leader_is_told_of_whom_a_chunk_can_use_nothing_until_they_are_rejected() -> None:
+    """Defect: their bytes were asked for again and again, for ever."""
+    node, effects = hopeless()
+    assert asked(effects) == []
+    assert sent(effects, Unusable) == [("n0", EVERYBODY)]
+    assert sent(node.handle(2.7, ViewChanged(view=view(4, N0, N1, N2))), Unusable) == []
+    assert sent(node.handle(3.6, Tick()), Unusable) == [("n0", EVERYBODY)]
+    rejected = (full_member(f"n{i}", rejected=1) for i in range(3))
+    node.handle(3.7, ViewChanged(view=view(5, *rejected)))
+    assert sent(node.handle(4.7, Tick()), Unusable) == []
+
+
+def test_who_was_late_is_asked_again_and_who_cannot_be_used_is_not() -> None:
+    """The one may come, the other's bytes stay what they are; the leader is told nothing."""
+    node = exchange()  # without a contribution of its own
+    hears(node, plan())
+    failed(node, "n0", key("contribution", 1), "gone")
+    failed(node, "n2", key("contribution", 1), "late")
+    effects = node.handle(2.5, Tick())
+    assert asked(effects) == [("n2", "contribution", 1)]
+    assert not sent(effects, Unusable)
+    [reduce] = of(Reduce, fetched(node, "n2", key("contribution", 1), now=3.0))
+    assert reduce.contributors == ("n2",)
+
+
+def test_a_chunk_that_goes_to_another_owner_is_not_complained_about_any_more() -> None:
+    node, _ = hopeless()
+    node.handle(3.0, ViewChanged(view=view(4, N0, N1, N2)))
+    assert not sent(hears(node, without(1), now=3.1), Unusable)
+    assert not sent(node.handle(9.0, Tick()), Unusable)
+
+
+def test_a_node_whose_contribution_is_rejected_tells_the_training_once_and_contributes_under_another_name() -> None:
+    node, _ = planned()
+    mine = full_member("n1", rejected=1)
+    effects = node.handle(3.0, ViewChanged(view=view(4, N0, mine, N2)))
+    assert told(effects, "training") == [Rejected(times=1)]
+    assert facts(ContributionRejected, effects) == [ContributionRejected(round=0, peer="n1", times=1)]
+    assert not told(node.handle(3.1, ViewChanged(view=view(5, N0, mine, N2))), "training")
+    assert sent(node.handle(4.1, Tick()), Ready) == [("n0", Ready(round=0, weight=0, incarnation=1, rejected=1))]
+    fix(node)  # was on its way from the training
+    assert sent(node.handle(5.2, Tick()), Ready) == [("n0", Ready(round=0, weight=0, incarnation=1, rejected=1))]
+    effects = node.handle(6.0, ContributionFixed(round=0, weight=9, rejected=1))
+    assert sent(effects, Ready) == [("n0", Ready(round=0, weight=9, incarnation=1, rejected=1))]
+    effects = hears(node, plan(1, view_number=5, turns=(Turn(epoch=1, attempt=1),)), now=6.1)
+    assert [f.key for f in of(Fetch, effects) if f.key.kind == "contribution"] == [key("contribution", 1)] * 2
+    effects = [*fetched(node, "n0", key("contribution", 1)), *fetched(node, "n2", key("contribution", 1))]
+    [reduce] = of(Reduce, effects)
+    assert (reduce.contributors, reduce.rejected) == (("n0", "n1", "n2"), (0, 1, 0))
+    assert reduce.inputs["n1"] == key("contribution", 1, attempt=1)
+
+
+def test_means_of_a_plan_with_the_contribution_that_was_rejected_do_not_count_the_next_one() -> None:
+    node, _ = planned()
+    complete(node)
+    node.handle(3.0, ViewChanged(view=view(4, N0, full_member("n1", rejected=1), N2)))
+    node.handle(3.1, ContributionFixed(round=0, weight=9, rejected=1))
+    effects = commits(node, commit(), now=3.2)
+    [committed] = [e for e in told(effects, "training") if isinstance(e, MeansCommitted)]
+    assert committed.position == -1
 
 
 # --- newer plans ----------------------------------------------------------------------------------------------------

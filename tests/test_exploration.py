@@ -251,6 +251,15 @@ class Schedule(RuleBasedStateMachine):
     def spoil(self, node: int) -> None:
         self.chaos.spoil(self.name(node))
 
+    @rule(node=NODE)
+    def garble(self, node: int) -> None:
+        self.chaos.garble(self.name(node), 1.0)
+
+    @rule()
+    def garble_all(self) -> None:
+        for name in self.chaos.simulation.nodes:
+            self.chaos.garble(name, 0.5)
+
     @rule(away=st.sets(NODE, max_size=2))
     def split(self, away: set[int]) -> None:
         self.chaos.simulation.split((), [self.name(i) for i in sorted(away)])

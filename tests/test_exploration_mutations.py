@@ -442,6 +442,14 @@ def test_a_run_that_hangs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             run()
 
 
+def test_a_leader_that_does_not_hear_what_cannot_be_used_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect: the owners of such contributions asked for them for ever."""
+    monkeypatch.setattr(Coordinator, "on_unusable", lambda *_: None)
+    with pytest.raises(AssertionError, match="not within"):
+        for run in schedules(60):
+            run()
+
+
 def test_a_leader_that_commits_nothing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Membership.handle
 

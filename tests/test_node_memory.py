@@ -30,6 +30,7 @@ from prime_async.ledger import BALLOT_FILE
 from prime_async.log import read_log, replay
 from prime_async.machines.facts import (
     CaughtUp,
+    ContributionRejected,
     CutOff,
     Fact,
     HeldOutLoss,
@@ -111,6 +112,15 @@ class Walker(BufferWorkload):
     def end_import(self, round: int) -> bytes:
         self.moved = 0.0
         return super().end_import(round)
+
+
+class Garbler(Walker):
+    """Its first contribution, and no later one, is of bytes that no codec takes: in chunk 1 at all nodes."""
+
+    def encode(self, chunk: int, out: memoryview) -> None:
+        super().encode(chunk, out)
+        if self.steps == STEPS and chunk == 1:
+            out[:] = b"\xff" * out.nbytes
 
 
 @dataclass
@@ -383,6 +393,29 @@ async def test_a_member_that_is_shut_out_is_removed_and_the_other_goes_on(place:
             await until(first, PeerDropped, lambda f: f.shut_out)
             await until(first, RoundPlanned, lambda f: f.contributors == 1)
             await until(first, RoundFinished)
+
+
+async def test_contributions_that_no_owner_can_use_are_given_up_and_made_anew(place: Place) -> None:
+    """Given two nodes whose first contributions both lack a chunk, then neither waits: they do those steps again."""
+    walkers = [Garbler(1.0), Garbler(2.0)]
+    with trio.fail_after(LIMIT_S):
+        async with place.node(0, walkers[0], min_members=2) as first, place.node(1, walkers[1], min_members=2) as other:
+            for node in (first, other):
+                mine = [f for f in await rejections(node) if f.peer == node.id]
+                assert mine == [ContributionRejected(round=0, peer=node.id, times=1)]
+            ends = [await until(node, RoundFinished) for node in (first, other)]
+    assert ends[0].state_digest == ends[1].state_digest
+    assert [end.tokens for end in ends] == [STEPS * 10] * 2
+    assert place.replayed(0) > 0
+    assert place.replayed(1) > 0
+
+
+async def rejections(node: Node) -> list[ContributionRejected]:
+    """Up to that of the node itself."""
+    found: list[ContributionRejected] = []
+    while not found or found[-1].peer != node.id:
+        found.append(await until(node, ContributionRejected))
+    return found
 
 
 async def test_a_node_of_another_run_is_refused_with_what_differs(place: Place) -> None:

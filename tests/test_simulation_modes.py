@@ -9,7 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from prime_async.machines.facts import CatchUpStarted, CaughtUp, ContributorLeftOut, NonFiniteProgress
+from prime_async.machines.facts import (
+    CatchUpStarted,
+    CaughtUp,
+    ContributionRejected,
+    ContributorLeftOut,
+    NonFiniteProgress,
+)
 from prime_async.testing import SimNode, SimulationSettings
 from prime_async.testing.schedules import MODES, Chaos, mode_settings
 from tests.simulation_harness import (
@@ -195,3 +201,38 @@ def test_a_contribution_that_owners_reject_is_left_out_and_the_others_count(mode
         all_count(chaos, survivors, steps, "one that was rejected")
         left_out = {f.peer for n in survivors for f in facts_of(n, ContributorLeftOut) if f.reason != "left the run"}
         assert left_out == {"n2"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_round_whose_contributions_can_all_not_be_used_is_made_of_later_ones(mode: str) -> None:
+    """Defect: the owners asked for them for ever. Everybody begins again from the outer weights, and that counts."""
+    for _, data in points(steady_in(mode), every=6 * EVERY):
+        chaos = Chaos.restored(data)
+        nodes = chaos.simulation.running
+        for node in nodes:
+            chaos.simulation.garble(node.id)
+        chaos.simulation.run_until(lambda: all(facts_of(n, ContributionRejected) for n in nodes), 60)  # noqa: B023
+        chaos.simulation.run_for(1.0)
+        steps = steps_of(nodes)
+        all_count(chaos, nodes, steps, "all were rejected")
+        assert not any(facts_of(n, NonFiniteProgress) for n in nodes)
+        assert chaos.simulation.running == list(chaos.simulation.nodes.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("leader", [True, False])
+def test_the_only_trainer_of_a_run_contributes_anew_if_its_bytes_can_not_be_used(mode: str, leader: bool) -> None:
+    """Twice in a row, and whether it is its own leader or not; its owners are witnesses."""
+    trainer = "n0" if leader else "n1"
+    witnesses = frozenset({"n0", "n1", "n2"}) - {trainer}
+    chaos = begin(3, settings=mode_settings(replace(STEADY, witnesses=witnesses), mode))
+    reach(chaos, 3, 60)
+    node = chaos.simulation.nodes[trainer]
+    for times in (1, 2):
+        chaos.simulation.garble(trainer)
+        again = [ContributionRejected(round=newest_round(chaos), peer=trainer, times=times)]
+        chaos.simulation.run_until(lambda: facts_of(node, ContributionRejected)[-1:] == again, 30)  # noqa: B023
+        chaos.simulation.run_for(1.0)
+        all_count(chaos, [node], steps_of([node]), f"rejected {times} times")
+    told = [f for n in chaos.simulation.running for f in facts_of(n, ContributionRejected)]
+    assert {(f.peer, f.times) for f in told} == {(trainer, 1), (trainer, 2)}

@@ -26,6 +26,7 @@ from prime_async.machines.vocabulary import (
     Leave,
     MeansCommitted,
     Progress,
+    Rejected,
     Restore,
     Restored,
     RunSteps,
@@ -363,6 +364,38 @@ def test_the_third_time_in_a_row_the_node_fails_and_says_what_to_change() -> Non
     assert fail.kind == "non_finite"
     assert "learning_rate" in fail.text
     assert give(node, done(), means(), seen()) == []
+
+
+def test_a_contribution_that_is_rejected_is_given_up_and_made_anew_from_the_outer_weights() -> None:
+    node = stepping()
+    give(node, done(tokens=5), Encoded(round=0, finite=True))
+    assert of(Restore, give(node, Rejected(times=1)))
+    assert of(RunSteps, give(node, Restored())) == [RunSteps(round=0, steps=10)]
+    assert of(Encode, give(node, done(tokens=7))) == [Encode(round=0, rejected=1)]
+    effects = give(node, Encoded(round=0, finite=True))
+    assert told(effects, "exchange") == [ContributionFixed(round=0, weight=7, rejected=1)]
+    assert of(Apply, give(node, means())) == [Apply(round=0, position=1, rejected=1)]
+
+
+def test_what_is_encoded_while_an_earlier_contribution_is_rejected_is_given_up_too() -> None:
+    node = stepping()
+    give(node, done())
+    assert not of(Restore, give(node, Rejected(times=1)))
+    effects = give(node, Encoded(round=0, finite=True))
+    assert of(Restore, effects)
+    assert not told(effects, "exchange")
+
+
+def test_means_that_count_what_was_rejected_are_applied_before_it_is_given_up() -> None:
+    """They were committed: what they count was not given up in time."""
+    node = stepping()
+    give(node, done(), Encoded(round=0, finite=True))
+    node.phase = "evaluating"
+    assert not of(Apply, give(node, means(), Rejected(times=1)))
+    effects = give(node, Evaluated(loss=1.0))
+    assert of(Apply, effects) == [Apply(round=0, position=1)]
+    assert not of(Restore, effects)
+    assert of(Restore, give(node, applied(1)))
 
 
 def test_a_finite_round_starts_the_count_again() -> None:

@@ -143,9 +143,8 @@ class ExchangeActor:
 
         Our own may be gone: given up between the machine's decision and now.
         """
-        key = ChunkKey(kind="contribution", round=reduce.key.round, chunk=reduce.key.chunk)
         payloads = {}
-        for peer in reduce.contributors:
+        for peer, key in reduce.inputs.items():
             chunk = self._store.use(key) if peer == self._transport.id else self._fetcher.take(peer, key)
             if chunk is not None:
                 payloads[peer] = chunk.payload

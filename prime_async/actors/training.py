@@ -196,7 +196,8 @@ class TrainingActor:
         if self._auditor is not None:
             await self._auditor.write_contribution(round, chunks)
         for number, chunk in sorted(chunks.items()):
-            self._store.put(ChunkKey(kind="contribution", round=round, chunk=number), chunk)
+            key = ChunkKey(kind="contribution", round=round, chunk=number, attempt=effect.rejected)
+            self._store.put(key, chunk)
         self._post(Encoded(round=round, finite=True))
         if self._inner_every and (round + 1) % self._inner_every == 0:
             async with self._inner_lock:
@@ -226,7 +227,8 @@ class TrainingActor:
             others = mean.info.total_weight - (effect.weight if included else 0)
             workload.apply_beside(chunk, mean.payload, included, effect.weight / max(1, others + effect.weight))
             return
-        own = self._store.find(ChunkKey(kind="contribution", round=effect.round, chunk=chunk)) if included else None
+        key = ChunkKey(kind="contribution", round=effect.round, chunk=chunk, attempt=effect.rejected)
+        own = self._store.find(key) if included else None
         workload.apply(chunk, mean.payload, included, own.payload if own is not None else None)
 
     async def _merge(self, round: int) -> None:

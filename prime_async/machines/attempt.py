@@ -72,6 +72,7 @@ class Attempt:
     view: View
     assigned: dict[int, Assignment]  # by chunk
     weights: dict[str, int]  # contributor -> tokens, in the order of the view
+    rejected: dict[str, int]  # contributor -> as the view lists it
     members: tuple[str, ...]
     numbers: dict[int, Number]  # of every chunk
 
@@ -85,6 +86,7 @@ class Attempt:
             view=view,
             assigned=assigned,
             weights={view.members[i].id: weight for i, weight in who},
+            rejected={view.members[i].id: view.members[i].rejected for i in positions(plan.contributors)},
             members=tuple(m.id for m in view.members),
             numbers={chunk: (a.epoch, a.attempt) for chunk, a in assigned.items()},
         )
@@ -100,6 +102,10 @@ class Attempt:
     def key(self, chunk: int) -> ChunkKey:
         return mean_key(self.round, chunk, self.numbers[chunk])
 
+    def contribution(self, peer: str, chunk: int) -> ChunkKey:
+        """What ``peer`` gives to ``chunk``, under the name that it has there."""
+        return ChunkKey(kind="contribution", round=self.round, chunk=chunk, attempt=self.rejected[peer])
+
     def is_first(self, chunk: int) -> bool:
         """Whether the chunk still has its first owner, so that nobody else can have made its mean."""
         return self.numbers[chunk] == (self.plan.turns[0].epoch, self.plan.turns[0].attempt)
@@ -112,3 +118,9 @@ class Attempt:
         """Members of the round's view that are in ``view``, and have not started anew; in the round's order."""
         now = {(m.id, m.incarnation) for m in view.members} if view else set()
         return tuple(m.id for m in self.view.members if (m.id, m.incarnation) in now)
+
+    def still_offer(self, view: View | None) -> tuple[str, ...]:
+        """Contributors that are still here, and whose contribution was not rejected; in the round's order."""
+        now = {(m.id, m.incarnation, m.rejected) for m in view.members} if view else set()
+        mine = (m for m in self.view.members if m.id in self.weights)
+        return tuple(m.id for m in mine if (m.id, m.incarnation, m.rejected) in now)

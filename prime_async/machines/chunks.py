@@ -51,6 +51,7 @@ class Chunks:
     reducing: Reducing | None = None
     gathering: Gathering = field(init=False)
     here: tuple[str, ...] = ()  # members of the round's view that are still in the present one
+    offering: tuple[str, ...] = ()  # contributors of the plan that are, and were not rejected
     commit: Commit | None = None
     numbers: dict[int, Number] = field(default_factory=dict)
     anew: bool = False  # all is fetched as settled
@@ -100,7 +101,8 @@ class Chunks:
             self.give_up(out)
             known = {}
             reducing = self._new_reducing(attempt)
-        self.attempt, self.reducing, self.here = attempt, reducing, attempt.still_here(view)
+        self.attempt, self.reducing = attempt, reducing
+        self.here, self.offering = attempt.still_here(view), attempt.still_offer(view)
         for chunk, number in attempt.numbers.items():
             if known.get(chunk) == number:
                 continue
@@ -173,18 +175,18 @@ class Chunks:
         """Begin as much as the windows allow. ``own_here``: see ``Reducing``."""
         if self.reducing is not None and self.commit is None:
             self.reducing.own_here = own_here
-            self.reducing.pump(now, self.here, out)
+            self.reducing.pump(now, self.here, self.offering, out)
         self.gathering.pump(now, out)
 
     def on_view(self, now: float, view: View, out: list[Effect]) -> None:
         """Wait for nobody who is gone."""
         if self.attempt is not None:
-            self.here = self.attempt.still_here(view)
+            self.here, self.offering = self.attempt.still_here(view), self.attempt.still_offer(view)
         if self.commit is not None:
             for chunk in self.gathering.replace_the_gone(now, view, self.here, out):
                 self.numbers[chunk] = SETTLED
         elif self.reducing is not None:
-            self.reducing.leave_out_the_gone(now, self.here, out)
+            self.reducing.leave_out_the_gone(now, self.here, self.offering, out)
 
     # --- what comes ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,9 @@ The rules:
 * When an owner of the open round leaves the view, its chunks, and no others, go to the rest, under the next attempt.
   (A contributor that leaves needs no new plan: the owners leave it out.) But if the means that are held already can be
   committed, they are. With no contributor or owner left, the round is planned from the beginning.
+* An owner that can use nobody's contribution to a chunk says so (``Unusable``). This is told to membership: the view in
+  which those are rejected is what gives them up, for every leader to come. Who was rejected contributes when it is
+  ready again, with what it did since.
 * Means are committed when a majority of the voters holds the same, for the same outer state, under the newest plan.
   This is told to membership, which makes it part of a view, again and again until it is. If all voters have answered
   and there is no majority for anything, the round is planned from the beginning.
@@ -33,7 +36,7 @@ from prime_async.machines.facts import Fact, OwnersLost, RoundTakenOver, StateDi
 from prime_async.machines.fragments import Fragments
 from prime_async.machines.owners import assign, eligible
 from prime_async.machines.views import Views
-from prime_async.machines.vocabulary import CommitReady, Effect, Report, Send, Tell, Weighed
+from prime_async.machines.vocabulary import CommitReady, Effect, FoundUnusable, Report, Send, Tell, Weighed
 from prime_async.messages import (
     FIRST_CHAIN,
     AskView,
@@ -44,9 +47,11 @@ from prime_async.messages import (
     Plan,
     Ready,
     Turn,
+    Unusable,
     View,
     bitmap,
     next_chain,
+    positions,
 )
 
 
@@ -134,7 +139,7 @@ class Coordinator:
             out.append(Send(peer=peer, message=Behind(round=self.view.commit.round + 1)))
         if ready.round != self.open_round:
             return
-        if ready.weight:
+        if ready.weight and self._is_offered(peer, ready):
             self.ready[peer] = ready
         if self.attempt is not None:
             out.append(Send(peer=peer, message=self.attempt.plan))
@@ -155,6 +160,28 @@ class Coordinator:
             self.advance(now, out)
         else:
             out.append(Send(peer=peer, message=self.attempt.plan))
+
+    def on_unusable(self, peer: str, message: Unusable, out: list[Effect]) -> None:
+        if not self.leads or not self._is_now(peer, message.incarnation):
+            return
+        attempt = self.attempt
+        if attempt is None or message.round != attempt.round:
+            return
+        if (message.epoch, message.attempt) != attempt.number:
+            out.append(Send(peer=peer, message=attempt.plan))
+            return
+        if not any(a.owner == peer for a in attempt.assigned.values()):
+            return
+        named = {attempt.members[i] for i in positions(message.contributors) if i < len(attempt.members)}
+        for member in attempt.view.members:
+            if member.id in named and member.id in attempt.weights:
+                found = FoundUnusable(
+                    peer=member.id,
+                    incarnation=member.incarnation,
+                    round=attempt.round,
+                    times=member.rejected + 1,
+                )
+                out.append(Tell(actor="membership", event=found))
 
     def advance(self, now: float, out: list[Effect]) -> None:
         """Do whatever can be done now."""
@@ -180,6 +207,18 @@ class Coordinator:
         assert self.view is not None
         now = {m.id: m.incarnation for m in self.view.members}
         return {peer for peer, message in said if now.get(peer) == message.incarnation}
+
+    def _is_offered(self, peer: str, ready: Ready) -> bool:
+        """Whether it is no contribution that was rejected, and of the present start."""
+        member = self.view.member(peer) if self.view else None
+        return member is not None and (member.incarnation, member.rejected) == (ready.incarnation, ready.rejected)
+
+    @property
+    def _offers(self) -> set[str]:
+        """Who has a contribution that can be planned."""
+        assert self.view is not None
+        now = {m.id: (m.incarnation, m.rejected) for m in self.view.members}
+        return {peer for peer, ready in self.ready.items() if now.get(peer) == (ready.incarnation, ready.rejected)}
 
     def _begin_epoch(self) -> None:
         self.opens, self.taken_over = {}, False
@@ -239,7 +278,7 @@ class Coordinator:
         if len(trainers) < self.min_members:
             self._wait_for_members(len(trainers), out)
             return
-        valid = self._valid(self.ready.items())
+        valid = self._offers
         count = sum(t in valid for t in trainers)
         enough = 2 * count > len(trainers) and count >= self.min_members
         if not enough:
@@ -264,7 +303,7 @@ class Coordinator:
         assert self.view is not None
         assert self.round is not None
         self.haves, self.attempt = {}, None
-        valid = self._valid(self.ready.items())
+        valid = self._offers
         who = [i for i, m in enumerate(self.view.members) if m.id in valid]
         if not who or (self.fragments.chunks(self.round) and not eligible(self.view)):
             return
@@ -296,7 +335,7 @@ class Coordinator:
                 out.append(Tell(actor="membership", event=CommitReady(commit=commit, view=self.view.number)))
             return
         here = attempt.still_here(self.view)
-        if not any(c in here for c in attempt.weights):
+        if not attempt.still_offer(self.view):
             self._begin_anew(attempt)
             self._try_plan(now, out)
         elif any(a.owner not in here for a in attempt.assigned.values()):
@@ -309,8 +348,15 @@ class Coordinator:
     def _begin_anew(self, attempt: Attempt) -> None:
         """Who was ready for it is ready still."""
         for member in attempt.view.members:
-            if member.id in attempt.weights and self._is_now(member.id, member.incarnation):
-                ready = Ready(round=attempt.round, weight=attempt.weights[member.id], incarnation=member.incarnation)
+            if member.id not in attempt.weights:
+                continue
+            ready = Ready(
+                round=attempt.round,
+                weight=attempt.weights[member.id],
+                incarnation=member.incarnation,
+                rejected=member.rejected,
+            )
+            if self._is_offered(member.id, ready):
                 self.ready.setdefault(member.id, ready)
         self.attempt, self.haves = None, {}
 

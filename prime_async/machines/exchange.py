@@ -14,6 +14,9 @@ The rules:
   new numbers; of the others nothing is lost, gets under way included. A plan of another making begins all again.
 * ``Ask`` is answered once this node goes by a plan at least as new: with what it holds, under whatever number. From
   then on it refuses means of a lower number. Who is not at that round yet holds nothing of it, and says so.
+* An owner that can use nobody's contribution to one of its chunks says ``Unusable`` to the leader, until there is
+  another plan, or the view lists one of those contributions as rejected. A node that finds its own rejected in the view
+  gives it up, tells the training, and serves the next one under another name.
 * When all means are here under the newest plan's numbers they are put on disk, and then ``Have`` goes to the leader,
   until the round is committed.
 * What happens once the round is committed: :mod:`~prime_async.machines.handover`; and the chunks of either
@@ -31,7 +34,7 @@ from msgspec import Struct
 from prime_async.machines.attempt import SETTLED, Attempt, Number, misfit
 from prime_async.machines.chunks import Chunks
 from prime_async.machines.coordinator import Coordinator
-from prime_async.machines.facts import RoundIgnored, RoundPlanned
+from prime_async.machines.facts import ContributionRejected, RoundIgnored, RoundPlanned
 from prime_async.machines.fetches import Fetches
 from prime_async.machines.fragments import Fragments
 from prime_async.machines.handover import Contribution, HandOver
@@ -46,9 +49,11 @@ from prime_async.machines.vocabulary import (
     Heard,
     MeansStored,
     Reduced,
+    Rejected,
     Report,
     Send,
     StateAt,
+    Tell,
     Tick,
     ViewChanged,
     WakeAt,
@@ -65,8 +70,10 @@ from prime_async.messages import (
     Open,
     Plan,
     Ready,
+    Unusable,
     View,
     ViewUpdate,
+    bitmap,
 )
 
 
@@ -105,6 +112,8 @@ class Exchange:
     storing: Number = SETTLED  # plan whose means are being put on disk, or are there
     stored: Number = SETTLED  # plan whose means are on disk
     said: Number = SETTLED  # plan for which ``Have`` was said
+    complained: tuple[Number, frozenset[str]] = (SETTLED, frozenset())  # plan and contributors of the last ``Unusable``
+    rejected: int = 0  # contributions of this node
     repeat_at: float | None = None
     wake_at: float | None = None
     fragments: Fragments = field(init=False)
@@ -143,8 +152,8 @@ class Exchange:
                 self._on_view(now, view, out)
             case StateAt():
                 self._on_state(now, event, out)
-            case ContributionFixed(round=round, weight=weight):
-                if round == self.round:
+            case ContributionFixed(round=round, weight=weight, rejected=rejected):
+                if round == self.round and rejected == self.rejected:
                     self.contribution.weight = weight
                     self._say_ready(out)
             case Heard(peer=peer, message=message):
@@ -188,6 +197,7 @@ class Exchange:
         own_here = attempt is not None and self.contribution.is_of(attempt.view, self.settings.me)
         self.chunks.pump(now, out, own_here=own_here)
         self.chunks.report_redone(now, out)
+        self._complain(out)
         handed_over = self.hand_over.finish(now, self.view, self.contribution, out)
         if attempt is None or not (handed_over or self.chunks.commit is None):
             return
@@ -208,12 +218,22 @@ class Exchange:
         new_epoch = self.view is None or self.view.epoch != view.epoch
         self.view = view
         self.views.keep(view)
+        self._give_up_the_rejected(out)
         self.chunks.on_view(now, view, out)
         self.hand_over.see(now, view, out)
         self._pin()
         self.coordinator.on_view(now, view, out)
         if new_epoch:
             self._repeat(now, out)
+
+    def _give_up_the_rejected(self, out: list[Effect]) -> None:
+        """If our contribution is what the view calls rejected."""
+        me = self._self
+        if me is None or me.rejected <= self.rejected or self.round is None:
+            return
+        self.rejected, self.contribution = me.rejected, Contribution()
+        out.append(Report(fact=ContributionRejected(round=self.round, peer=me.id, times=me.rejected)))
+        out.append(Tell(actor="training", event=Rejected(times=me.rejected)))
 
     def _on_state(self, now: float, at: StateAt, out: list[Effect]) -> None:
         round = at.round
@@ -260,6 +280,8 @@ class Exchange:
                 self._on_ask(peer, message, out)
             case Held() if self.chunks.reducing is not None:
                 self.chunks.reducing.on_held(peer, message)
+            case Unusable():
+                self.coordinator.on_unusable(peer, message, out)
             case Plan() if from_leader and message.epoch == self.view.epoch:
                 self._on_plan(now, peer, message, out)
             case ViewUpdate(decided=True, view=view):
@@ -301,8 +323,9 @@ class Exchange:
             return
         weight = self.contribution.weight or 0
         if weight:
-            self.contribution.ready_as.add(me.incarnation)
-        self._to_leader(Ready(round=self.round, weight=weight, incarnation=me.incarnation), out)
+            self.contribution.ready_as.add((me.incarnation, me.rejected))
+        ready = Ready(round=self.round, weight=weight, incarnation=me.incarnation, rejected=me.rejected)
+        self._to_leader(ready, out)
 
     def _say_open(self, out: list[Effect]) -> None:
         me = self._self
@@ -332,9 +355,29 @@ class Exchange:
         )
         self._to_leader(have, out)
 
+    def _complain(self, out: list[Effect]) -> None:
+        """Tell the leader of whom a chunk of ours can use nothing, if it does not know."""
+        attempt, reducing, me = self.chunks.attempt, self.chunks.reducing, self._self
+        if attempt is None or reducing is None or me is None or self.chunks.commit is not None:
+            return
+        unusable = reducing.unusable.intersection(self.chunks.offering)
+        complaint = attempt.number, frozenset(unusable)
+        if not unusable or complaint == self.complained:
+            return
+        self.complained = complaint
+        message = Unusable(
+            round=attempt.round,
+            epoch=attempt.plan.epoch,
+            attempt=attempt.plan.attempt,
+            contributors=bitmap([i for i, m in enumerate(attempt.members) if m in unusable]),
+            incarnation=me.incarnation,
+        )
+        self._to_leader(message, out)
+
     def _repeat(self, now: float, out: list[Effect]) -> None:
         """Say again what the leader may not have heard. (One that has lost its plan wants ``Ready`` too.)"""
         self.repeat_at = now + self.settings.repeat_s
+        self.complained = SETTLED, frozenset()
         self._say_open(out)
         if self.chunks.commit is None:
             self._say_ready(out)

@@ -259,6 +259,17 @@ class ContributorLeftOut(Struct, frozen=True, kw_only=True, tag="contributor_lef
     reason: str
 
 
+class ContributionRejected(Struct, frozen=True, kw_only=True, tag="contribution_rejected"):
+    """Owners could use no contribution to a chunk of ``round``, and that of ``peer`` is one of them: it is given up.
+
+    Told at the leader, and at ``peer``, which begins again from the outer weights. ``times``: since its start.
+    """
+
+    round: int
+    peer: str
+    times: int
+
+
 class ContributionReady(Struct, frozen=True, kw_only=True, tag="contribution_ready"):
     """This node's part of the round is encoded; from here on it waits for the plan, that is, for others."""
 
@@ -392,7 +403,7 @@ Fact: TypeAlias = (
     | KeyLetIn | HelloRefused | ViewAdopted | MembersSeen | LeaderSilent | LeaderElected | SteppedDown | CutOff
     | StateNowhere | SlowWake | StateDiverged | WaitingForMembers
     | ContributionReady | RoundPlanned | OwnersLost | ChunksReassigned | ChunksRedone | RoundTakenOver
-    | ContributorLeftOut | RoundCommitted
+    | ContributorLeftOut | ContributionRejected | RoundCommitted
     | RoundFinished | RoundIgnored | NonFiniteProgress
     | LedgerRestored | CatchUpStarted | CaughtUp | StateMended | SnapshotWritten | LedgerTrouble
     | RemoteCopied | RemoteCopyFailed | StateSaved | PeerDropped

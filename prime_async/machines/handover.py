@@ -30,15 +30,18 @@ LOST_REPEATS = 10
 
 @dataclass(slots=True)
 class Contribution:
-    """Of this node, to the round: its weight once it is fixed, and under which incarnations it said so."""
+    """Of this node, to the round: its weight once it is fixed, and as what it said so.
+
+    ``ready_as``: incarnations, each with how many contributions were rejected before.
+    """
 
     weight: int | None = None
-    ready_as: set[int] = field(default_factory=set)
+    ready_as: set[tuple[int, int]] = field(default_factory=set)
 
     def is_of(self, view: View, me: str) -> bool:
-        """Whether ``view`` lists the start of this node that contributes."""
+        """Whether ``view`` lists the start of this node that contributes, and no later rejection."""
         member = view.member(me)
-        return self.weight is not None and member is not None and member.incarnation in self.ready_as
+        return self.weight is not None and member is not None and (member.incarnation, member.rejected) in self.ready_as
 
 
 @dataclass(slots=True)

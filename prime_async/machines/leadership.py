@@ -17,6 +17,8 @@ The rules:
   back as a joiner. If most have another than this node, it is this node's that is wrong: checkpoint mends it. If all
   have said theirs and none has a majority, that of the largest number counts; of equal ones, this node's. A member
   that is not active yet is told again which state counts.
+* A contribution that owners cannot use is counted in its member's place in the view (``rejected``). So it is given up
+  when that is decided, everywhere and by every leader to come, and its node learns it as it learns of views.
 * A leader that leaves proposes a view without itself and says goodbye when it is decided, so that another is elected at
   once. It gives others that leave at the same time a moment to go first, and hands over when it has heard from most of
   those that vote, so that it does not leave the run to the dead.
@@ -35,9 +37,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from prime_async.machines.ballot import Ballot, change_between, entitled, is_quorum, view_digest
-from prime_async.machines.facts import MemberJoined, MemberLeft, MemberLost, StateDiverged
+from prime_async.machines.facts import ContributionRejected, MemberJoined, MemberLeft, MemberLost, StateDiverged
 from prime_async.machines.roster import Audience, Known
-from prime_async.machines.vocabulary import Effect, Report, RunAt, Send, Tell
+from prime_async.machines.vocabulary import Effect, FoundUnusable, Report, RunAt, Send, Tell
 from prime_async.messages import (
     Commit,
     Figures,
@@ -146,6 +148,7 @@ class Leadership:
     stored_by: set[str] = field(default_factory=set)  # voters of ``view`` that have stored the proposal
     commit: Commit | None = None  # to be made the next view's
     weights: dict[str, int] = field(default_factory=dict)
+    rejected: dict[tuple[str, int], int] = field(default_factory=dict)  # id and incarnation -> contributions
     activating: set[str] = field(default_factory=set)
     welcome: set[str] = field(default_factory=set)  # joiners, not welcomed yet
     left: dict[str, int] = field(default_factory=dict)  # who said goodbye, and as which incarnation
@@ -307,6 +310,16 @@ class Leadership:
         self.activating |= synced & waiting
         self.go_on(now, out)
 
+    def reject(self, now: float, found: FoundUnusable, out: list[Effect]) -> None:
+        """Its contribution to the open round counts for nothing."""
+        start, member = (found.peer, found.incarnation), self.view.member(found.peer)
+        if member is None or member.incarnation != found.incarnation or member.rejected >= found.times:
+            return
+        if self.rejected.get(start, 0) < found.times:
+            self.rejected[start] = found.times
+            out.append(Report(fact=ContributionRejected(round=found.round, peer=found.peer, times=found.times)))
+        self.go_on(now, out)
+
     # --- views --------------------------------------------------------------------------------------------------
 
     def go_on(self, now: float, out: list[Effect]) -> None:
@@ -413,9 +426,13 @@ class Leadership:
 
     def _as_it_should_be(self, member: Member) -> Member | None:
         weight = self.weights.get(member.id, member.weight)
+        rejected = max(member.rejected, self.rejected.get((member.id, member.incarnation), 0))
         if member.id == self.me:
             active = (member.active and member.incarnation == self.own.incarnation) or self._i_am_synced()
-            return replace(self.own, active=active, voter=member.voter, reachable=True, weight=weight)
+            rejected = max(rejected, self.own.rejected)
+            return replace(
+                self.own, active=active, voter=member.voter, reachable=True, weight=weight, rejected=rejected
+            )
         record = self.peers.get(member.id)
         if record is None or record.gone:
             return None
@@ -427,7 +444,7 @@ class Leadership:
         if active and record.began < 0:
             record.began = self.states.round
         voter = member.voter or self._may_vote(member, record) or (active and not self.settings.rounds)
-        return replace(member, active=active, voter=voter, weight=weight)
+        return replace(member, active=active, voter=voter, weight=weight, rejected=rejected)
 
     def _may_vote(self, member: Member, record: Peer) -> bool:
         """It has completed a round."""

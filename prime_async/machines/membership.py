@@ -65,6 +65,7 @@ from prime_async.machines.vocabulary import (
     Event,
     Fail,
     Finish,
+    FoundUnusable,
     Heard,
     KeyToLetIn,
     Leave,
@@ -132,6 +133,7 @@ class Membership:
     announced: tuple[int, tuple[Member, ...]] = (0, ())
     views: dict[int, tuple[int, View]] = field(default_factory=dict)  # number -> epoch, view: newest decided ones
     incarnation: int = 0
+    rejected: int = 0  # contributions of this node
     welcomed_as: int = 0  # the incarnation that was told where the run is
     inner_steps: int = 0
     figures: Figures | None = None  # of this node
@@ -198,6 +200,9 @@ class Membership:
                 if self.leadership is not None:
                     self.leadership.weights = dict(weights)
                     self.leadership.go_on(now, out)
+            case FoundUnusable():
+                if self.leadership is not None:
+                    self.leadership.reject(now, event, out)
             case Reached(peer=peer, reachable=reachable):
                 self.reachable[peer] = reachable
                 if self.leadership is not None:
@@ -229,7 +234,7 @@ class Membership:
 
     @property
     def me(self) -> Member:
-        return replace(self.settings.me, incarnation=self.incarnation)
+        return replace(self.settings.me, incarnation=self.incarnation, rejected=self.rejected)
 
     # --- views --------------------------------------------------------------------------------------------------
 
@@ -249,6 +254,7 @@ class Membership:
         out.append(ConnectMembers(view=decided, contacts=tuple(p.id for p in self.settings.contacts)))
         if mine is not None and mine.incarnation == self.incarnation:
             self.in_view = decided.number
+            self.rejected = max(self.rejected, mine.rejected)
             self._announce(decided, out)
         if self.role == "leader":
             self._after_decision(now, mine, out)

@@ -7,7 +7,9 @@ The rules:
   and adopts a mean that was found under its own number instead.
 * A contributor that leaves the view, says that its bytes are gone, does not serve them in time, or serves invalid
   ones, is left out of the chunks that are still open. One that cannot be reached for a moment is asked again.
-* A mean of nobody's contribution is never made: a chunk of which all are left out is opened again a little later.
+* A mean of nobody's contribution is never made: a chunk of which all are left out is opened again a little later. But
+  bytes that were gone or invalid once stay so, and are not asked for again: a chunk for which nothing else is left is
+  hopeless, and the leader is told.
 * A chunk that goes to another owner is given up. If it is being reduced, the outcome is known under its old number, for
   the new owner to ask for.
 """
@@ -40,6 +42,8 @@ class Reducing:
     to_open: deque[int] = field(default_factory=deque)
     awaited: dict[int, set[str]] = field(default_factory=dict)  # open chunk -> contributors still fetched
     left_out: dict[int, set[str]] = field(default_factory=dict)  # open chunk -> contributors
+    useless: dict[int, set[str]] = field(default_factory=dict)  # chunk -> contributors whose bytes are gone or invalid
+    hopeless: set[int] = field(default_factory=set)  # chunks that only such are left for
     adopting: dict[int, tuple[str, Number]] = field(default_factory=dict)  # chunk -> from whom, made under what
     making: dict[ChunkKey, tuple[str, ...]] = field(default_factory=dict)  # mean being reduced -> contributors
     starved: list[tuple[float, int]] = field(default_factory=list)  # when to open again what had no contribution
@@ -56,13 +60,14 @@ class Reducing:
         if chunk in self.to_open:
             self.to_open.remove(chunk)
         self.starved = [item for item in self.starved if item[1] != chunk]
+        self.hopeless.discard(chunk)
         self.recovery.drop(chunk)
         if chunk in self.awaited:
             left_out = self.left_out.pop(chunk)
             del self.awaited[chunk]
             for peer in self.attempt.weights:
                 if peer != self.me and peer not in left_out:
-                    self.fetches.cancel(now, peer, self._contribution(chunk), out)
+                    self.fetches.cancel(now, peer, self.attempt.contribution(peer, chunk), out)
         if chunk in self.adopting:
             peer, number = self.adopting.pop(chunk)
             self.fetches.cancel(now, peer, mean_key(self.attempt.round, chunk, number), out)
@@ -71,41 +76,47 @@ class Reducing:
         """Give up whatever is not made yet."""
         asked_for = [c for asking in self.recovery.asking.values() for c in asking.chunks]
         starved = [chunk for _, chunk in self.starved]
-        for chunk in sorted({*self.to_open, *self.awaited, *self.adopting, *asked_for, *starved}):
+        for chunk in sorted({*self.to_open, *self.awaited, *self.adopting, *asked_for, *starved, *self.hopeless}):
             self.disown(now, chunk, out)
 
-    def pump(self, now: float, here: Sequence[str], out: list[Effect]) -> None:
-        """Begin as much as the window allows."""
+    def pump(self, now: float, here: Sequence[str], offering: Sequence[str], out: list[Effect]) -> None:
+        """Begin as much as the window allows. ``here``, ``offering``: of the members, and of the contributors."""
         self.recovery.say(now, here, out)
         self.to_open.extend(self.recovery.take_answered(here))
         self.to_open.extend(chunk for at, chunk in self.starved if at <= now)
         self.starved = [item for item in self.starved if item[0] > now]
         while self.to_open and len(self.awaited) + len(self.adopting) + len(self.making) < self.window:
-            self._open(now, self.to_open.popleft(), here, out)
+            self._open(now, self.to_open.popleft(), here, offering, out)
 
-    def _open(self, now: float, chunk: int, here: Sequence[str], out: list[Effect]) -> None:
+    def _open(self, now: float, chunk: int, here: Sequence[str], offering: Sequence[str], out: list[Effect]) -> None:
         source = self.recovery.source(chunk, here)
         if source is None:
-            self._open_anew(now, chunk, here, out)
+            self._open_anew(now, chunk, offering, out)
         elif source[0] == self.me:
             self._adopt(chunk, source[1], out)
         else:
             self.adopting[chunk] = source
             self.fetches.begin(now, source[0], mean_key(self.attempt.round, chunk, source[1]), out)
 
-    def _open_anew(self, now: float, chunk: int, here: Sequence[str], out: list[Effect]) -> None:
-        self.left_out[chunk] = set()
-        self.awaited[chunk] = {p for p in self.attempt.weights if p != self.me}
-        present = set(here)
+    def _open_anew(self, now: float, chunk: int, offering: Sequence[str], out: list[Effect]) -> None:
+        present = {p for p in offering if p != self.me or self.own_here}
+        useless = self.useless.get(chunk, set()) & present
+        if useless and useless == present:
+            self.hopeless.add(chunk)
+            return
+        self.left_out[chunk] = set(useless)
+        self.awaited[chunk] = {p for p in self.attempt.weights if p != self.me and p not in useless}
         for peer in self.attempt.weights:
-            if not (self.own_here if peer == self.me else peer in present):
+            if peer not in present:
                 self._leave_out(chunk, peer, "left the run", out)
-            elif peer != self.me:
-                self.fetches.begin(now, peer, self._contribution(chunk), out)
+            elif peer != self.me and peer not in useless:
+                self.fetches.begin(now, peer, self.attempt.contribution(peer, chunk), out)
         self._reduce_if_all_here(now, chunk, out)
 
-    def _contribution(self, chunk: int) -> ChunkKey:
-        return ChunkKey(kind="contribution", round=self.attempt.round, chunk=chunk)
+    @property
+    def unusable(self) -> set[str]:
+        """Whose contributions leave a chunk without any."""
+        return {peer for chunk in self.hopeless for peer in self.useless[chunk]}
 
     # --- what comes ---------------------------------------------------------------------------------------------
 
@@ -131,6 +142,8 @@ class Reducing:
         if fault == "unreachable":
             self.fetches.later(now, peer, key)
         elif key.kind == "contribution":
+            if fault != "late":
+                self.useless.setdefault(key.chunk, set()).add(peer)
             self._leave_out(key.chunk, peer, fault, out)
             self._reduce_if_all_here(now, key.chunk, out)
         else:
@@ -141,6 +154,7 @@ class Reducing:
         contributors = self.making.pop(key, None)
         if contributors is None:
             return
+        self.useless.setdefault(key.chunk, set()).update(event.left_out)
         for peer in event.left_out:
             fact = ContributorLeftOut(round=key.round, chunk=key.chunk, peer=peer, reason="its bytes are not valid")
             out.append(Report(fact=fact))
@@ -149,11 +163,11 @@ class Reducing:
         elif key == self.attempt.key(key.chunk):
             self.starved.append((now + self.fetches.retry_s, key.chunk))
 
-    def leave_out_the_gone(self, now: float, here: Sequence[str], out: list[Effect]) -> None:
-        gone = set(self.attempt.weights) - set(here)
+    def leave_out_the_gone(self, now: float, here: Sequence[str], offering: Sequence[str], out: list[Effect]) -> None:
+        gone = set(self.attempt.weights) - set(offering)
         for chunk in sorted(self.awaited):
             for peer in [p for p in self.attempt.weights if p in self.awaited[chunk] and p in gone]:
-                self.fetches.cancel(now, peer, self._contribution(chunk), out)
+                self.fetches.cancel(now, peer, self.attempt.contribution(peer, chunk), out)
                 self._leave_out(chunk, peer, "left the run", out)
             self._reduce_if_all_here(now, chunk, out)
         for chunk, (peer, number) in sorted(self.adopting.items()):
@@ -192,7 +206,14 @@ class Reducing:
             return
         key = self.attempt.key(chunk)
         self.making[key] = tuple(in_it)
-        reduce = Reduce(key=key, contributors=tuple(in_it), weights=tuple(in_it.values()), members=self.attempt.members)
+        rejected = tuple(self.attempt.rejected[p] for p in in_it)
+        reduce = Reduce(
+            key=key,
+            contributors=tuple(in_it),
+            weights=tuple(in_it.values()),
+            members=self.attempt.members,
+            rejected=rejected if any(rejected) else (),
+        )
         out.append(reduce)
 
     @property

@@ -25,6 +25,8 @@ The rules:
   there. It is given up, since nothing may count twice; steps that came after it stay.
 * If the inner steps end in NaN or infinity the node starts the round again from the outer weights, with fresh inner
   state; the third time in a row it fails, and says so.
+* A contribution that owners could not use is rejected: the node begins again from the outer weights, with fresh inner
+  state, as often as that happens. (It is not failed: it cannot tell whether it was the owners that are wrong.)
 * Told to leave, it finishes the round, saves, and leaves; at once, it stops after the inner step that is under way.
   It does not wait for a round that cannot close, with too few members. Before it leaves, and before the end of the
   run, it does no inner steps that could not count any more.
@@ -66,6 +68,7 @@ from prime_async.machines.vocabulary import (
     Merge,
     Merged,
     Progress,
+    Rejected,
     Report,
     Restore,
     Restored,
@@ -144,7 +147,9 @@ class Training:
     leaving: bool = False
     last_round: int = 0  # to which this node contributes, if it is to leave
     at_once: bool = False
-    spoilt: bool = False  # the local weights are not finite
+    spoilt: bool = False  # the local weights are not finite, or were rejected
+    rejected: int = 0  # contributions
+    offered_as: int = 0  # that number, when the last one was encoded
     evaluated_round: int = -1
     account: Account = field(init=False)
     stopping: bool = False  # the steps under way are told to end early
@@ -181,6 +186,8 @@ class Training:
                 self._on_encoded(now, finite, out)
             case ContributionTaken(round=round):
                 self.taken = round
+            case Rejected(times=times):
+                self._on_rejected(now, times, out)
             case MeansCommitted():
                 self._on_means(now, event, out)
             case Applied(round=round, digest=digest):
@@ -227,7 +234,7 @@ class Training:
         elif self._should_leave:
             if not self._exchange_is_busy:
                 self._finish(out)
-        elif self.spoilt:
+        elif self.begun and self.spoilt:
             self._restore_if_possible(out)
         elif self.begun and self._trains and not self._too_few:
             self._next(now, out)
@@ -271,7 +278,15 @@ class Training:
         if means is not None and self.exchange in ("none", "offered") and self.phase in phases:
             self.exchange = "applying"
             weight = self.account.weight if self.settings.eager_in(self.round) else 0
-            out.append(Apply(round=self.round, position=means.position, beside=self._overlaps, weight=weight))
+            out.append(
+                Apply(
+                    round=self.round,
+                    position=means.position,
+                    beside=self._overlaps,
+                    weight=weight,
+                    rejected=self.offered_as,
+                )
+            )
 
     @property
     def _means_now(self) -> MeansCommitted | None:
@@ -341,7 +356,15 @@ class Training:
         self.exchange = "encoding"
         self.phase = "capturing" if self._overlaps else "idle"
         self.account.make_offer(self.round)
-        out.append(Encode(round=self.round, beside=self._overlaps, eager=self.settings.eager_in(self.round)))
+        self.offered_as = self.rejected
+        out.append(
+            Encode(
+                round=self.round,
+                beside=self._overlaps,
+                eager=self.settings.eager_in(self.round),
+                rejected=self.rejected,
+            )
+        )
 
     def _merge(self, out: list[Effect]) -> None:
         self.phase = "merging"
@@ -427,10 +450,14 @@ class Training:
 
     def _on_encoded(self, now: float, finite: bool, out: list[Effect]) -> None:
         self.encoded_at = now
+        if finite and self.offered_as != self.rejected:
+            self.exchange = "none"  # it goes on from what was rejected while it was encoded
+            self._go_on(now, out)
+            return
         if finite:
             self.non_finite = 0
             self.exchange = "offered"
-            fixed = ContributionFixed(round=self.round, weight=self.account.weight)
+            fixed = ContributionFixed(round=self.round, weight=self.account.weight, rejected=self.rejected)
             out.append(Tell(actor="exchange", event=fixed))
             out.append(Report(fact=ContributionReady(round=self.round, tokens=fixed.weight)))
             self._go_on(now, out)
@@ -450,6 +477,14 @@ class Training:
         )
         self.phase = "gone"
         out.append(Fail(kind="non_finite", text=text))
+
+    def _on_rejected(self, now: float, times: int, out: list[Effect]) -> None:
+        """Means that count it all the same, and are here, are applied first."""
+        self.rejected, self.spoilt = times, True
+        if self.exchange == "offered" and (self.means is None or self.means.round != self.round):
+            self.exchange, self.offered_as = "none", times
+        self._stop_steps(out)
+        self._go_on(now, out)
 
     def _on_applied(self, now: float, round: int, digest: bytes, out: list[Effect]) -> None:
         """The outer weights are those of the next round."""

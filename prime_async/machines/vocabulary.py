@@ -100,6 +100,18 @@ class Weighed(Struct, frozen=True, kw_only=True, tag="weighed"):
     weights: dict[str, int]
 
 
+class FoundUnusable(Struct, frozen=True, kw_only=True, tag="found_unusable"):
+    """To membership of the leader: owners cannot use what this start of ``peer`` contributed to ``round``.
+
+    ``times``: so many of its contributions are rejected with this one.
+    """
+
+    peer: str
+    incarnation: int
+    round: int
+    times: int
+
+
 class Progress(Struct, frozen=True, kw_only=True, tag="progress"):
     """Inner steps done by this node since it started."""
 
@@ -135,10 +147,17 @@ class Halted(Struct, frozen=True, kw_only=True, tag="halted"):
 
 
 class ContributionFixed(Struct, frozen=True, kw_only=True, tag="contribution_fixed"):
-    """To exchange: this node's contribution is encoded and can be served."""
+    """To exchange: this node's contribution is encoded and can be served. ``rejected``: how many were before it."""
 
     round: int
     weight: int
+    rejected: int = 0
+
+
+class Rejected(Struct, frozen=True, kw_only=True, tag="rejected"):
+    """To training: this node's contribution was given up, for owners could not use it; ``times``: so many were."""
+
+    times: int
 
 
 class ContributionTaken(Struct, frozen=True, kw_only=True, tag="contribution_taken"):
@@ -362,9 +381,9 @@ class Told(Struct, frozen=True, kw_only=True, tag="told"):
 
 Event: TypeAlias = (
     Tick | Heard | DoorClosed | Offended | Reached | BallotStored | StateAt | RunAt | ViewChanged | CommitReady
-    | Weighed | Progress | Measured | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed
-    | ContributionTaken | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured | Encoded
-    | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
+    | Weighed | FoundUnusable | Progress | Measured | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed
+    | Rejected | ContributionTaken | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured
+    | Encoded | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
     | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
     | SnapshotStored | LedgerFailed | LetIn | Told
 )  # fmt: skip
@@ -497,13 +516,24 @@ class Settle(Struct, frozen=True, kw_only=True, tag="settle"):
 class Reduce(Struct, frozen=True, kw_only=True, tag="reduce"):
     """Make the mean ``key`` of the contributions of ``contributors``, in this order: ``Reduced``.
 
-    ``members`` is the plan's view as ids, over which the bitmap of the mean's header is made.
+    ``members`` is the plan's view as ids, over which the bitmap of the mean's header is made. ``rejected``: of each
+    contributor, as its chunk is called; empty: none of any.
     """
 
     key: ChunkKey
     contributors: tuple[str, ...]
     weights: tuple[int, ...]
     members: tuple[str, ...]
+    rejected: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, ChunkKey]:
+        """Contributor -> what it gives, in order."""
+        rejected = self.rejected or (0,) * len(self.contributors)
+        return {
+            peer: ChunkKey(kind="contribution", round=self.key.round, chunk=self.key.chunk, attempt=times)
+            for peer, times in zip(self.contributors, rejected, strict=True)
+        }
 
 
 class Forget(Struct, frozen=True, kw_only=True, tag="forget"):
@@ -528,12 +558,13 @@ class Encode(Struct, frozen=True, kw_only=True, tag="encode"):
     """Encode this node's contribution, chunk by chunk: ``Encoded``.
 
     ``beside`` the next inner steps: the local weights are noted first, ``Captured``. ``eager``: they are encoded, and
-    then moved by an estimate of the outer step, before that.
+    then moved by an estimate of the outer step, before that. ``rejected``: how many were, as its chunks are called.
     """
 
     round: int
     beside: bool = False
     eager: bool = False
+    rejected: int = 0
 
 
 class Apply(Struct, frozen=True, kw_only=True, tag="apply"):
@@ -541,13 +572,14 @@ class Apply(Struct, frozen=True, kw_only=True, tag="apply"):
 
     Chunks whose mean does not count ``position`` keep this node's local progress for the next contribution. ``beside``
     the inner steps: the local weights stay as they are until ``Merge``. ``weight``: of this
-    node's contribution, if it was eager.
+    node's contribution, if it was eager; ``rejected``: as its chunks are called.
     """
 
     round: int
     position: int
     beside: bool = False
     weight: int = 0
+    rejected: int = 0
 
 
 class Merge(Struct, frozen=True, kw_only=True, tag="merge"):

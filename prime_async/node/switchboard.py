@@ -17,6 +17,7 @@ import trio
 from prime_async.actors.runner import Recorder, Runner
 from prime_async.errors import LocalError, NonFiniteError, PrimeAsyncError, ProtocolError, RefusedError
 from prime_async.machines.facts import (
+    ContributionRejected,
     ContributorLeftOut,
     CutOff,
     Fact,
@@ -59,8 +60,9 @@ from prime_async.node.allow import AllowList
 from prime_async.transport.base import Denied, Notice, Reachable, Received, Transport, Violation
 
 WARNINGS = (
-    ContributorLeftOut, HelloRefused, KeyDenied, MemberLost, NonFiniteProgress, PeerDropped, RoundIgnored, SlowWake,
-    StateDiverged, StillAsking, LeaderSilent, LedgerTrouble, RemoteCopyFailed, CutOff, StateNowhere, SteppedDown,
+    ContributionRejected, ContributorLeftOut, HelloRefused, KeyDenied, MemberLost, NonFiniteProgress, PeerDropped,
+    RoundIgnored, SlowWake, StateDiverged, StillAsking, LeaderSilent, LedgerTrouble, RemoteCopyFailed, CutOff,
+    StateNowhere, SteppedDown,
 )  # fmt: skip
 
 

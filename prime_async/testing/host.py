@@ -148,7 +148,7 @@ class SimNode:
     base: dict[int, int] = field(default_factory=dict)
     encoded: tuple[int, int] | None = None  # round, and steps at the time
     not_finite: bool = False  # the local weights, until they are the outer ones again
-    garbles: bool = False  # its next contribution is of bytes that no mean can be made of
+    garbles: bool = False  # its next contribution is of bytes that no mean can be made of, in some chunks at least
     counted: dict[int, set[int]] = field(default_factory=dict)
     applied: dict[int, bytes] = field(default_factory=dict)
     run_number: int = 0  # of the RunSteps under way

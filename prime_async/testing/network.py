@@ -6,25 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from prime_async.machines.vocabulary import ActorName, ConnectMembers, Heard, Reached
-from prime_async.messages import (
-    Ask,
-    AskView,
-    Behind,
-    Have,
-    Held,
-    LedgerMessage,
-    Message,
-    Open,
-    Plan,
-    Ready,
-    ViewUpdate,
-    encode,
-)
+from prime_async.messages import AskView, LedgerMessage, Message, RoundMessage, ViewUpdate, encode
 from prime_async.testing.host import SimNode, Traffic
 from prime_async.testing.kernel import Kernel
 from prime_async.testing.settings import SimulationSettings
 
-ROUND_MESSAGES = (Ready, Plan, Open, Ask, Held, Have, Behind)
 REDIAL_S = 1.0
 FEW_MEMBERS = 64
 """Above so many only the leader is told whom it reaches: nobody else makes use of it."""
@@ -161,7 +147,7 @@ class Network:
             traffic.received_bytes[kind] += size
         heard = Heard(peer=sender, message=message)
         actor: ActorName = "membership"
-        if isinstance(message, ROUND_MESSAGES):
+        if isinstance(message, RoundMessage):
             actor = "exchange"
         elif isinstance(message, LedgerMessage):
             actor = "checkpoint"

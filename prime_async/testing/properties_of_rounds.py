@@ -394,7 +394,8 @@ class RoundProperties:
         )
 
     def _used_up_if_counted(self, node: SimNode, effect: Apply, chunk: int, info: ChunkInfo) -> None:
-        own = node.chunks.get(ChunkKey(kind="contribution", round=effect.round, chunk=chunk))
+        key = ChunkKey(kind="contribution", round=effect.round, chunk=chunk, attempt=effect.rejected)
+        own = node.chunks.get(key)
         in_it = own is not None and own.digest in self.simulation.store.parts.get(info.digest, ())
         used_up = effect.position >= 0 and effect.position in positions(info.contributors)
         if in_it:

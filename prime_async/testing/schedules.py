@@ -21,6 +21,8 @@ MODES = ("blocking", "overlapped", "streaming", "eager")
 ROUNDS_AFTER = 3
 SPOILS = 0.25
 """The chance, with each disturbance, that somebody's inner steps end in NaN."""
+GARBLES = 0.25
+"""That what somebody, or what everybody, contributes next cannot be used."""
 LIMIT_S = 180.0
 """Virtual seconds after the healing, in which everybody must be active and the run that many rounds further."""
 
@@ -100,6 +102,11 @@ class Chaos:
         if self.simulation.nodes[name].running:
             self.note(f"the inner steps of {name} end in NaN")
             self.simulation.spoil(name)
+
+    def garble(self, name: str, share: float) -> None:
+        if self.simulation.nodes[name].running:
+            self.note(f"{share:.0%} of what {name} contributes next cannot be used")
+            self.simulation.garble(name, share=share)
 
     def damage(self, name: str) -> None:
         self.note(f"damage {self.simulation.damage(name)} on the disk of {name}")
@@ -316,10 +323,11 @@ def run_schedule(
 ) -> Chaos:
     """Some disturbances; then all is well, and everybody must be active and three rounds further in good time.
 
-    In one of ``MODES``; without ``mode`` they take turns with the seeds. ``spoils``: inner steps may end in NaN.
-    ``sync_rounds``: the first so many are of one inner step each, which goes with all modes but ``streaming``.
+    In one of ``MODES``; without ``mode`` they take turns with the seeds. ``spoils``: inner steps may end in NaN, and
+    contributions be of no use. ``sync_rounds``: the first so many are of one inner step each, which goes with all modes
+    but ``streaming``.
     """
-    chance, to_spoil = random.Random(seed), random.Random(f"spoils {seed}")
+    chance, to_spoil, to_garble = random.Random(seed), random.Random(f"spoils {seed}"), random.Random(f"garbles {seed}")
     mode = mode or MODES[seed % len(MODES)]
     nodes = chance.randint(2, 5)
     settings = replace(mode_settings(random_settings(chance), mode), sync_rounds=sync_rounds)
@@ -332,6 +340,8 @@ def run_schedule(
         for _ in range(chance.randint(1, disturbances)):
             if spoils and to_spoil.random() < SPOILS:
                 chaos.spoil(to_spoil.choice(list(simulation.nodes)))
+            if spoils and to_garble.random() < GARBLES:
+                _garble_some(chaos, to_garble)
             chaos.disturb()
             chaos.wait(0, 20)
         chaos.heal()
@@ -344,6 +354,13 @@ def run_schedule(
             _write(simulation, error)
         raise
     return chaos
+
+
+def _garble_some(chaos: Chaos, chance: random.Random) -> None:
+    names = list(chaos.simulation.nodes)
+    share = chance.choice([0.5, 1.0])
+    for name in names if chance.random() < 0.5 else [chance.choice(names)]:
+        chaos.garble(name, share)
 
 
 def _write(simulation: Simulation, error: Exception) -> None:

@@ -227,9 +227,9 @@ class Simulation:
         """Its inner steps end in NaN."""
         self.nodes[name].not_finite = True
 
-    def garble(self, name: str) -> None:
-        """Its next contribution is of bytes that no mean can be made of."""
-        self.nodes[name].garbles = True
+    def garble(self, name: str, *, share: float = 1.0) -> None:
+        """Its next contribution is of bytes that no mean can be made of, in about so many of the chunks."""
+        self.nodes[name].garbles, self.work.garbled_share = True, share
 
     def damage(self, name: str) -> str:
         """Bytes of something in its ledger are not what they were: of a mean or of a snapshot. Says what."""

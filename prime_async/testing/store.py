@@ -50,6 +50,7 @@ class Store:
         self.lies: Callable[[SimNode, ChunkKey, ChunkInfo], ChunkInfo] = tells_no_lies
         self.parts: dict[bytes, tuple[bytes, ...]] = {}  # digest of a mean -> those of the contributions in it
         self.garbled: set[bytes] = set()  # digests of contributions that no mean can be made of
+        self.torn: set[bytes] = set()  # of those that do not even arrive
 
     # --- what a node holds --------------------------------------------------------------------------------------
 
@@ -62,6 +63,12 @@ class Store:
             observer(node, key, info)
         for transfer in node.waiting.pop(key, ()):
             self._answer(transfer, self._use(node, key))
+
+    def garble(self, digest: bytes) -> None:
+        """A contribution is of no use: for the codec, or, as chance has it, for the transport already."""
+        self.garbled.add(digest)
+        if self.kernel.random.random() < 0.3:
+            self.torn.add(digest)
 
     def answer_waiting(self, node: SimNode, key: ChunkKey) -> None:
         """What is on disk now, to those who wait for it."""
@@ -93,10 +100,9 @@ class Store:
 
     def reduce(self, node: SimNode, effect: Reduce) -> None:
         """Our own contribution may be missing: then it is left out, as one whose bytes are not valid."""
-        key = ChunkKey(kind="contribution", round=effect.key.round, chunk=effect.key.chunk)
         inputs: list[tuple[str, int, ChunkInfo]] = []
         left_out: list[str] = []
-        for peer, weight in zip(effect.contributors, effect.weights, strict=True):
+        for (peer, key), weight in zip(effect.inputs.items(), effect.weights, strict=True):
             info = self._use(node, key) if peer == node.id else node.held.pop(("exchange", peer, key), None)
             if info is not None and info.digest not in self.garbled:
                 inputs.append((peer, weight, info))
@@ -194,6 +200,8 @@ class Store:
             return
         transfer.over = True
         node.asking.pop((transfer.actor, transfer.peer, key), None)
+        if info is not None and info.digest in self.torn:
+            info, fault = None, "invalid"
         if info is None:
             self.kernel.give(node, transfer.actor, FetchFailed(peer=transfer.peer, key=key, fault=fault))
             return

@@ -70,6 +70,7 @@ class Work:
         self.store = store
         self.settings = settings
         self.contributions: dict[bytes, Contribution] = {}  # by digest
+        self.garbled_share = 1.0  # of the chunks of a contribution that is garbled
 
     def perform(self, node: SimNode, effect: Effect) -> None:
         post = self.kernel.post
@@ -78,8 +79,8 @@ class Work:
                 self._run_steps(node, steps)
             case StopSteps():
                 self._stop_steps(node)
-            case Encode(round=round, beside=beside):
-                self._encode(node, round, beside=beside)
+            case Encode():
+                self._encode(node, effect)
             case Apply():
                 node.serves_state = False
                 self.kernel.later(TENSOR_S, self.kernel.on, node, self._apply, node, effect)
@@ -131,24 +132,24 @@ class Work:
 
     # --- the outer step -----------------------------------------------------------------------------------------
 
-    def _encode(self, node: SimNode, round: int, *, beside: bool) -> None:
-        finite = not node.not_finite
+    def _encode(self, node: SimNode, effect: Encode) -> None:
+        round, finite = effect.round, not node.not_finite
         if finite:
-            self._offer(node, round)
-        if beside:
+            self._offer(node, round, effect.rejected)
+        if effect.beside:
             self.kernel.post(node, "training", Captured(round=round))
         self.kernel.post(node, "training", Encoded(round=round, finite=finite), TENSOR_S)
 
-    def _offer(self, node: SimNode, round: int) -> None:
+    def _offer(self, node: SimNode, round: int, rejected: int) -> None:
         node.encoded = (round, node.steps)
         garbles, node.garbles = node.garbles, False
         for chunk in self.settings.chunks(round):
             made = Contribution(node.id, node.start, chunk, node.base.get(chunk, 0), node.steps)
             info = ChunkInfo(digest=digest_of(round, made))
             self.contributions[info.digest] = made
-            if garbles:
-                self.store.garbled.add(info.digest)
-            self.store.put(node, ChunkKey(kind="contribution", round=round, chunk=chunk), info)
+            if garbles and (self.garbled_share == 1.0 or self.kernel.random.random() < self.garbled_share):
+                self.store.garble(info.digest)
+            self.store.put(node, ChunkKey(kind="contribution", round=round, chunk=chunk, attempt=rejected), info)
 
     def _give_up(self, node: SimNode, round: int) -> None:
         """What came after the contribution stays."""

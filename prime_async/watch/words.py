@@ -9,6 +9,7 @@ from prime_async.machines.facts import (
     CatchUpStarted,
     CaughtUp,
     ChunksReassigned,
+    ContributionRejected,
     ContributorLeftOut,
     CutOff,
     Fact,
@@ -149,6 +150,9 @@ def _of_rounds(fact: Fact, about: Context) -> Line | None:
         case ContributorLeftOut(round=round, peer=peer, reason=reason):
             text = f"{about.name_of(peer)} left out of some chunks of round {round}: {reason}"
             return Line("bad", text, f"left out {peer} {round} {reason}")
+        case ContributionRejected(round=round, peer=peer):
+            text = f"What {about.name_of(peer)} contributed to round {round} was rejected: it begins the round again"
+            return Line("bad", text, f"rejected {peer} {round}")
         case NonFiniteProgress(round=round):
             return Line("bad", f"{about.me} ended its steps of round {round} in NaN, and began them again")
         case _:
