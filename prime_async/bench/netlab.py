@@ -254,8 +254,13 @@ class Switch:
         self._up_free = [0.0] * n  # when the link has sent all it holds
         self._down_free = [0.0] * n
         self._sent: Counter[tuple[int, int]] = Counter()
-        self._due: list[tuple[float, int, int, bytes]] = []  # (when, tie, to, packet)
+        self._coming: list[tuple[float, int, int, int, bytes]] = []  # at a downlink: (when, tie, from, to, packet)
+        self._due: list[tuple[float, int, int, bytes]] = []  # at a host: (when, tie, to, packet)
         self._ties = itertools.count()
+
+    def set_rate(self, host: int, up_mbit: float, down_mbit: float) -> None:
+        """Of a host's links, from the next packet on."""
+        self._up_rate[host], self._down_rate[host] = up_mbit * 1e6 / 8, down_mbit * 1e6 / 8
 
     def serve(self, commands: int) -> None:
         """Move packets, and obey the JSON lines that come from the descriptor ``commands``, until it is closed."""
@@ -284,14 +289,27 @@ class Switch:
         if not is_ours or target == source or self._is_cut(source, target, now) or self._chance.random() < self._loss:
             return
         up = max(now, self._up_free[source])
-        down = max(up, self._down_free[target])
-        if down - now > self._queue_s:
+        if up - now > self._queue_s:
             return
         self._up_free[source] = up + len(packet) / self._up_rate[source]
-        self._down_free[target] = down + len(packet) / self._down_rate[target]
-        when = max(self._up_free[source], self._down_free[target]) + self._delay_s[source][target]
-        heapq.heappush(self._due, (when, next(self._ties), target, packet))
-        self._sent[source, target] += len(packet)
+        when = self._up_free[source] + self._delay_s[source][target]
+        heapq.heappush(self._coming, (when, next(self._ties), source, target, packet))
+
+    def _pass_down(self, now: float) -> None:
+        """Let the downlinks take what has come to them, in the order in which it came.
+
+        Only then: were a downlink promised to a packet that still waits for its uplink, it could not be used by those
+        that come from elsewhere meanwhile.
+        """
+        while self._coming and self._coming[0][0] <= now:
+            came, _, source, target, packet = heapq.heappop(self._coming)
+            free = self._down_free[target]
+            if free - came > self._queue_s:
+                continue
+            # It passes while it comes: a packet takes its time once if both links are idle, and not twice.
+            self._down_free[target] = max(came, free + len(packet) / self._down_rate[target])
+            heapq.heappush(self._due, (self._down_free[target], next(self._ties), target, packet))
+            self._sent[source, target] += len(packet)
 
     def _is_cut(self, source: int, target: int, now: float) -> bool:
         return self._island[source] != self._island[target] or self._is_off(source, now) or self._is_off(target, now)
@@ -305,11 +323,13 @@ class Switch:
     def _deliver(self) -> float:
         """Hand over what is due; gives the seconds until the next packet, -1 if there is none."""
         now = time.monotonic()
+        self._pass_down(now)
         while self._due and self._due[0][0] <= now:
             _, _, target, packet = heapq.heappop(self._due)
             with suppress(OSError):  # the host's own queue is full
                 os.write(self._tuns[target], packet)
-        return max(0.0, self._due[0][0] - time.monotonic()) if self._due else -1.0
+        next_at = min((queue[0][0] for queue in (self._coming, self._due) if queue), default=None)
+        return -1.0 if next_at is None else max(0.0, next_at - time.monotonic())
 
     def _obey(self, commands: int) -> bool:
         data = b""
@@ -326,7 +346,7 @@ class Switch:
             case ["bytes"]:
                 return [[source, target, count] for (source, target), count in sorted(self._sent.items())]
             case ["rate", host, up_mbit, down_mbit]:
-                self._up_rate[host], self._down_rate[host] = up_mbit * 1e6 / 8, down_mbit * 1e6 / 8
+                self.set_rate(host, up_mbit, down_mbit)
             case ["delay", one, other, ms]:
                 self._delay_s[one][other] = self._delay_s[other][one] = ms / 1e3
             case ["loss", percent]:
