@@ -179,6 +179,7 @@ def _config(spec: WorkerSpec, contact: str) -> Config:
                 "join": [contact] if contact else [],
                 "allow": list(spec.ids),
                 "encrypt": spec.encrypt,
+                "snapshot_every": 0,  # they would read the vector while it is filled for the next exchange
                 "threads": 1,
             },
         }
