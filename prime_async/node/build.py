@@ -31,6 +31,10 @@ from prime_async.work.workload import Workload
 FETCH_TIMEOUTS = 6
 """A chunk may take so many failure timeouts: who is dead is found by heartbeats, this is for who is alive and mute."""
 GETS_PER_PEER = 16
+CHUNKS_UNDER_WAY = 4
+"""Of a round, from each member, at least: of contributions, and as many of means."""
+UNDER_WAY_BYTES = 8 << 20
+"""So much of it from each member, where more streams would have more under way."""
 CATCH_UP_BYTES = 16 << 20
 """On their way from one member, while this node is behind."""
 RECORD_BYTES = 1 << 14
@@ -93,6 +97,17 @@ def catch_up_window(workload: Workload) -> int:
     return max(2, min(GETS_PER_PEER, CATCH_UP_BYTES // max(largest, 1)))
 
 
+def chunks_under_way(streams: int, workload: Workload) -> int:
+    """Contributions, or means, of a round that are fetched from each member at once: one over each stream.
+
+    A chunk crosses on one stream, so that with fewer of them streams would be idle; which costs most where a lost
+    packet slows one down.
+    """
+    chunks = range(workload.chunk_count)
+    largest = max((max(workload.payload_bytes(c), workload.usual_mean_bytes(c)) for c in chunks), default=1)
+    return max(CHUNKS_UNDER_WAY, min(streams, UNDER_WAY_BYTES // max(largest, 1)))
+
+
 def largest_payload(workload: Workload) -> int:
     """Bytes of the largest payload that nodes with this workload send each other."""
     chunks = range(workload.chunk_count)
@@ -115,7 +130,7 @@ def open_transport(
         bulk_port=node.bulk_port,
         encrypt=node.encrypt,
         streams=node.streams,
-        window=GETS_PER_PEER,
+        window=max(GETS_PER_PEER, 2 * node.streams),  # for contributions and means of a round at once
         max_payload_bytes=max_payload_bytes,
     )
     return open_zmq(settings)
@@ -172,6 +187,7 @@ def machine_settings(
     membership = membership_settings(config, transport, ballot, tip)
     me = membership.me
     timeout_s = FETCH_TIMEOUTS * run.failure_timeout_s
+    window = chunks_under_way(node.streams, workload)
     return MachineSettings(
         membership=membership,
         exchange=ExchangeSettings(
@@ -180,6 +196,8 @@ def machine_settings(
             fragments=workload.fragments.count,
             min_members=run.min_members,
             straggler_timeout_s=run.straggler_timeout_s,
+            chunk_window=window,
+            mean_window=window,
             fetch_timeout_s=timeout_s,
             repeat_s=run.heartbeat_s,
         ),
