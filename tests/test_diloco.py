@@ -177,7 +177,7 @@ def test_runs_end_within_a_few_percent_of_the_fp32_run() -> None:
             for node in nodes:
                 node.train(20, ignore)
             assert len(set(exchange(nodes))) == 1
-            losses[codec].append(nodes[0].evaluate())
+        losses[codec].append(nodes[0].evaluate())
         print(f"{codec}: held-out loss " + " ".join(f"{loss:.4f}" for loss in losses[codec]))
     fp32 = losses.pop("fp32")
     assert fp32[-1] < 0.5 * fp32[0]
