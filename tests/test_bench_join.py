@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from prime_async.bench.join import LEAST_TOKENS, TOKEN_PARAMETERS, JoinBench, figures, paced_model, tokens_for
-from prime_async.bench.netlab import PREFIX, why_not
 from prime_async.cli import app
 from prime_async.cli.bench_join import join
 from prime_async.config.load import config_from
 from prime_async.errors import ConfigError
 from prime_async.machines.facts import CatchUpStarted, CaughtUp
+from tests.bench_harness import hosts_left, needs_a_lab
 
 pytestmark = pytest.mark.xdist_group("real time")
 
-needs_a_lab = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
 BENCH = JoinBench(tokens=1000, up_mbit=(10.0, 20.0), down_mbit=100.0, rtt_ms=20.0)
 
 
@@ -67,4 +64,4 @@ def test_a_small_join_reports_every_figure_and_leaves_nothing_behind(capsys: pyt
     (passed,) = found["wire_bytes_by_member"]
     assert passed > found["fetched_bytes"]
     assert "share of the links" in errors
-    assert not list(Path("/run/netns").glob(f"{PREFIX}{os.getpid()}x*"))
+    assert hosts_left() == []

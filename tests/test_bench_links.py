@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from prime_async.bench.figures import Phases
 from prime_async.bench.links import TCP_SHARE, LinksBench, busiest_link, link_bytes, payload_of
-from prime_async.bench.netlab import PREFIX, why_not
 from prime_async.cli.bench_links import links
 from prime_async.errors import ConfigError
-
-needs_a_lab = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
+from tests.bench_harness import hosts_left, needs_a_lab
 
 
 def test_each_link_has_to_carry_its_share_of_both_halves_of_the_exchange() -> None:
@@ -64,7 +60,7 @@ def test_a_small_measurement_reports_every_figure_and_leaves_nothing_behind(caps
         assert case["bitwise_equal"] is True
         assert set(case["phases_s"]) == set(Phases.__struct_fields__)
     assert "filled" in errors  # the table
-    assert not list(Path("/run/netns").glob(f"{PREFIX}{os.getpid()}x*"))
+    assert hosts_left() == []
 
 
 def test_each_round_trip_needs_a_loss_of_its_own() -> None:

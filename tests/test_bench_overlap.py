@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from prime_async.bench.netlab import PREFIX, why_not
-from prime_async.bench.overlap import Measured, OverlapBench, measure_mode, modes_of, rate_for, share
+from prime_async.bench.overlap import measure_mode, modes_of, rate_for, share
 from prime_async.cli.bench_overlap import overlap
 from prime_async.errors import EnvironmentFault
+from tests.bench_harness import BENCH, hosts_left, measured, needs_a_lab
 
 pytestmark = pytest.mark.xdist_group("real time")
-
-needs_a_lab = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
-BENCH = OverlapBench(
-    nodes=4,
-    model="llama-1m",
-    inner_steps=100,
-    rounds=2,
-    exchange_share=0.2,
-    slow_down=4.0,
-    fragments=4,
-    rtt_ms=20,
-)
-
-
-def measured(steps_per_s: float) -> Measured:
-    return Measured(steps_per_s=steps_per_s, cpu_s_per_step=0.01, round_s=1.0, exchange_s=0.1)
 
 
 def test_the_rate_lets_a_blocking_exchange_take_the_wanted_share() -> None:
@@ -75,7 +57,7 @@ def test_a_small_measurement_reports_every_figure_and_leaves_nothing_behind(caps
         assert figures["exchange_s"] > 0
     assert len(result["modes"]) == 5
     assert "time spent" in errors  # the table
-    assert not list(Path("/run/netns").glob(f"{PREFIX}{os.getpid()}x*"))
+    assert hosts_left() == []
 
 
 @needs_a_lab

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
-from prime_async.bench.netlab import PREFIX, why_not
-from prime_async.bench.overlap import Measured, OverlapBench, rate_for
+from prime_async.bench.overlap import rate_for
 from prime_async.bench.plan import choice_of, compare, figure, modes_of, setup_of
 from prime_async.cli import app
 from prime_async.cli.bench_plan import plan
 from prime_async.errors import ConfigError
 from prime_async.plan import FIXED_S, ROUND_TRIPS, forecast
+from tests.bench_harness import BENCH, hosts_left, measured, needs_a_lab
 
 pytestmark = pytest.mark.xdist_group("real time")
-
-needs_a_lab = pytest.mark.skipif(why_not() is not None, reason=f"no network lab: {why_not()}")
-BENCH = OverlapBench(
-    nodes=4,
-    model="llama-1m",
-    inner_steps=100,
-    rounds=2,
-    exchange_share=0.2,
-    slow_down=1.0,
-    fragments=4,
-    rtt_ms=20,
-)
-
-
-def measured(steps_per_s: float, exchange_s: float = 0.0) -> Measured:
-    return Measured(steps_per_s=steps_per_s, cpu_s_per_step=0.01, round_s=1.0, exchange_s=exchange_s)
 
 
 def test_what_is_forecast_is_what_runs() -> None:
@@ -96,4 +78,4 @@ def test_a_small_comparison_reports_both_and_leaves_nothing_behind(capsys: pytes
     assert case["exchange_s"]["measured"] == case["runs"][0]["exchange_s"] > 0
     assert case["setup"]["step_s"] == result["step_s"]
     assert "predicted, measured, error" in " ".join(errors.split())  # the table
-    assert not list(Path("/run/netns").glob(f"{PREFIX}{os.getpid()}x*"))
+    assert hosts_left() == []

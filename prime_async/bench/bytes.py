@@ -14,7 +14,7 @@ while nobody exchanges, and from it follows what a round would send whose inner 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,11 @@ from typing import Any, Final
 
 import trio
 
-from prime_async.bench.overlap import still_here
-from prime_async.config.load import config_from
-from prime_async.config.schema import CodecName, Config
+from prime_async.bench.nodes import LOOPBACK, start_node, still_here
+from prime_async.config.schema import CodecName
 from prime_async.errors import EnvironmentFault
 from prime_async.machines.facts import RoundFinished
-from prime_async.node.children import Child, node_process, wait_started
-from prime_async.transport.keys import write_key_file
+from prime_async.node.children import Child, wait_started
 
 FP32_BYTES: Final = 4
 SETTLE_S: Final = 2.5
@@ -151,46 +149,22 @@ async def _nodes(bench: BytesBench, codec: CodecName, directory: Path) -> AsyncI
     async with AsyncExitStack() as stack:
         nodes: list[Child] = []
         for number in range(bench.nodes):
-            home = directory / f"node-{number}"
-            home.mkdir()
-            write_key_file(home / "node.key")
-            contact = [nodes[0].contact] if nodes else []
-            config = _config(bench, codec, home, contact)
-            node = await stack.enter_async_context(node_process(config, home, lambda: None))
-            nodes.append(node)
-            await wait_started(node)
+            own = {**LOOPBACK, "join": [nodes[0].contact] if nodes else [], "snapshot_every": 0}
+            nodes.append(await start_node(stack, directory / f"node-{number}", _run(bench, codec), own))
+            await wait_started(nodes[-1])
         yield nodes
 
 
-def _config(bench: BytesBench, codec: CodecName, home: Path, contact: list[str]) -> Config:
-    return config_from(
-        {
-            "run": {
-                "name": "bytes",
-                "model": bench.model,
-                "sequence_length": bench.sequence_length,
-                "round": {"inner_steps": bench.inner_steps},
-                "inner": {"batch_size": 1, "warmup_steps": 2, "schedule": "constant"},
-                "exchange": {"codec": codec, "error_feedback": bench.error_feedback},
-                "min_members": bench.nodes,
-            },
-            "node": {
-                "name": home.name,
-                "key": str(home / "node.key"),
-                "directory": str(home),
-                "host": "127.0.0.1",
-                "advertise": "127.0.0.1",
-                "port": 0,
-                "bulk_port": 0,
-                "join": contact,
-                "allow": ["any"],
-                "threads": 1,
-                "snapshot_every": 0,
-                "evaluate_every": 0,
-                "log_level": "warning",
-            },
-        }
-    )
+def _run(bench: BytesBench, codec: CodecName) -> Mapping[str, Any]:
+    return {
+        "name": "bytes",
+        "model": bench.model,
+        "sequence_length": bench.sequence_length,
+        "round": {"inner_steps": bench.inner_steps},
+        "inner": {"batch_size": 1, "warmup_steps": 2, "schedule": "constant"},
+        "exchange": {"codec": codec, "error_feedback": bench.error_feedback},
+        "min_members": bench.nodes,
+    }
 
 
 async def _until_together(nodes: Sequence[Child]) -> int:

@@ -19,11 +19,10 @@ from typing import Any, Literal, TypeAlias
 import trio
 
 from prime_async.actors.groups import single_errors
-from prime_async.config.load import config_from
-from prime_async.config.schema import Config
+from prime_async.bench.nodes import LOOPBACK, start_node
 from prime_async.errors import EnvironmentFault
 from prime_async.machines.facts import RoundFinished, RoundPlanned, ViewAdopted
-from prime_async.node.children import Child, node_process, wait_for, wait_started
+from prime_async.node.children import Child, wait_for, wait_started
 from prime_async.transport.keys import write_key_file
 
 Role: TypeAlias = Literal["leader", "member"]
@@ -184,32 +183,13 @@ class _Cluster:
             yield children
 
     async def start(self, home: Path, contact: Child | None, before: Child | None = None) -> Child:
-        config = self._config(home, contact)
-        return await self._stack.enter_async_context(node_process(config, home, lambda: None, before))
-
-    def _config(self, home: Path, contact: Child | None) -> Config:
-        return config_from(
-            {
-                "run": {
-                    **RUN,
-                    "failure_timeout_s": self.bench.failure_timeout_s,
-                    "min_members": self.bench.nodes,  # a round that is planned goes on with fewer; the next one waits
-                },
-                "node": {
-                    "name": home.name,
-                    "key": str(home / "node.key"),
-                    "directory": str(home),
-                    "host": "127.0.0.1",
-                    "advertise": "127.0.0.1",
-                    "port": 0,
-                    "bulk_port": 0,
-                    "join": [contact.contact] if contact else [],
-                    "allow": list(self._keys),
-                    "threads": 1,
-                    "log_level": "warning",
-                },
-            }
-        )
+        run = {
+            **RUN,
+            "failure_timeout_s": self.bench.failure_timeout_s,
+            "min_members": self.bench.nodes,  # a round that is planned goes on with fewer; the next one waits
+        }
+        own = {**LOOPBACK, "join": [contact.contact] if contact else [], "allow": list(self._keys)}
+        return await start_node(self._stack, home, run, own, before)
 
 
 async def _one_kill(cluster: _Cluster, children: list[Child], role: Role) -> float:

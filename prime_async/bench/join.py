@@ -20,12 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 import trio
 
 from prime_async.bench.netlab import Lab, Links, address
-from prime_async.bench.overlap import PORTS, still_here
-from prime_async.config.load import config_from
-from prime_async.config.schema import Config
+from prime_async.bench.nodes import lab_doors, start_node, still_here
 from prime_async.machines.facts import CatchUpStarted, CaughtUp, SnapshotWritten
-from prime_async.node.children import Child, node_process, wait_started
-from prime_async.transport.keys import write_key_file
+from prime_async.node.children import Child, wait_started
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +38,7 @@ LEAST_TOKENS: Final = 256
 """What the bundled text needs."""
 PACE_S: Final = 0.5
 """Of an inner step, long enough that the two cores of a small machine have time for all nodes and the links."""
+KEPT: Final[Mapping[str, object]] = {"snapshot_every": 1, "keep_snapshots": 1, "keep_rounds": 0}
 LEAST_ROUND_S: Final = 3.0
 STALL_S: Final = 120.0
 """Beyond two rounds, or the time that the links need: then the run is stuck."""
@@ -132,12 +130,9 @@ def figures(bench: JoinBench, began: CatchUpStarted, done: CaughtUp, passed: lis
 async def _started(
     stack: AsyncExitStack, bench: JoinBench, directory: Path, lab: Lab, host: int, others: list[Child]
 ) -> Child:
-    home = directory / str(host)
-    home.mkdir()
-    write_key_file(home / "node.key")
-    config = _config(bench, home, host, [others[0].contact] if others else [])
-    inside = partial(lab.command, host)
-    node = await stack.enter_async_context(node_process(config, home, lambda: None, command=inside))
+    own = {**lab_doors(address(host)), "join": [others[0].contact] if others else [], **KEPT}
+    home = directory / f"node-{host}"
+    node = await start_node(stack, home, _run(bench), own, command=partial(lab.command, host))
     await wait_started(node)
     return node
 
@@ -149,10 +144,6 @@ async def _until_told(node: Child, kind: type[Any], count: int, usual_s: float) 
         still_here(node)
 
 
-def _config(bench: JoinBench, home: Path, host: int, contact: list[str]) -> Config:
-    return config_from({"run": _run(bench), "node": _node(home, host, contact)})
-
-
 def _run(bench: JoinBench) -> Mapping[str, Any]:
     return {
         "name": "join",
@@ -162,24 +153,4 @@ def _run(bench: JoinBench) -> Mapping[str, Any]:
         "round": {"seconds": bench.round_s, "inner_steps": 0},
         "inner": {"batch_size": 1, "warmup_steps": 2, "schedule": "constant"},
         "exchange": {"chunk_elements": 2**18},
-    }
-
-
-def _node(home: Path, host: int, contact: list[str]) -> Mapping[str, Any]:
-    return {
-        "name": f"node-{host}",
-        "key": str(home / "node.key"),
-        "directory": str(home),
-        "host": address(host),
-        "advertise": address(host),
-        "port": PORTS[0],
-        "bulk_port": PORTS[1],
-        "join": contact,
-        "allow": ["any"],
-        "threads": 1,
-        "snapshot_every": 1,
-        "keep_snapshots": 1,
-        "keep_rounds": 0,
-        "evaluate_every": 0,
-        "log_level": "warning",
     }

@@ -23,18 +23,14 @@ from typing import Any
 import trio
 
 from prime_async.bench.netlab import Lab, Links, address
+from prime_async.bench.nodes import lab_doors, start_node, still_here
 from prime_async.bench.proc import cpu_seconds
-from prime_async.config.load import config_from
-from prime_async.config.schema import Config
-from prime_async.errors import EnvironmentFault
 from prime_async.machines.facts import RoundFinished
-from prime_async.node.children import Child, node_process, wait_started
-from prime_async.transport.keys import write_key_file
+from prime_async.node.children import Child, wait_started
 from prime_async.work.codec import make_codec
 
 LINK_SHARE = 0.92
 """Of a link's rate, what payloads get of it, headers and acknowledgements taken off."""
-PORTS = (7700, 7701)
 STALL_S = 120.0
 """Without a round for so long, the run is stuck."""
 
@@ -119,7 +115,7 @@ async def measure_alone(bench: OverlapBench) -> tuple[Measured, int]:
 
 
 async def measure_mode(bench: OverlapBench, mode: Mode, rate_mbit: float) -> Measured:
-    """They train together. Raises :class:`EnvironmentFault` if a process ends, or no round does."""
+    """They train together. Raises :class:`~prime_async.errors.EnvironmentFault` if a process ends, or no round does."""
     fragments = bench.fragments if mode.run["mode"] == "streaming" else 1
     rate = rate_mbit / bench.slow_down if mode.slow else rate_mbit
     with TemporaryDirectory(prefix="prime-async-bench-") as directory, _lab(bench, rate) as lab:
@@ -159,53 +155,29 @@ async def _nodes(
     bench: OverlapBench, directory: Path, lab: Lab, run: Mapping[str, Any], *, together: bool
 ) -> AsyncIterator[list[Child]]:
     """One in each host; the first is the one that the others join."""
+    settings = _run(bench, run, bench.nodes if together else 1)
     async with AsyncExitStack() as stack:
         nodes: list[Child] = []
         for host in range(bench.nodes):
-            home = directory / str(host)
-            home.mkdir()
-            write_key_file(home / "node.key")
             contact = [nodes[0].contact] if together and nodes else []
-            config = _config(bench, home, host, run, contact, together=together)
+            own = {**lab_doors(address(host)), "join": contact, "snapshot_every": 0}
             inside = partial(lab.command, host)
-            node = await stack.enter_async_context(node_process(config, home, lambda: None, command=inside))
-            nodes.append(node)
-            await wait_started(node)
+            nodes.append(await start_node(stack, directory / f"node-{host}", settings, own, command=inside))
+            await wait_started(nodes[-1])
         yield nodes
 
 
-def _config(
-    bench: OverlapBench, home: Path, host: int, run: Mapping[str, Any], contact: list[str], *, together: bool
-) -> Config:
-    settings = {
+def _run(bench: OverlapBench, mode: Mapping[str, Any], min_members: int) -> Mapping[str, Any]:
+    return {
         "name": "overlap",
         "model": bench.model,
         "sequence_length": 64,
         "round": {"inner_steps": bench.inner_steps},
         "inner": {"batch_size": 2, "warmup_steps": 2, "schedule": "constant"},
-        "min_members": bench.nodes if together else 1,
+        "min_members": min_members,
+        **mode,
+        "exchange": {"chunk_elements": 2**17, **mode.get("exchange", {})},
     }
-    exchange = {"chunk_elements": 2**17}
-    return config_from(
-        {
-            "run": {**settings, **run, "exchange": {**exchange, **run.get("exchange", {})}},
-            "node": {
-                "name": f"node-{host}",
-                "key": str(home / "node.key"),
-                "directory": str(home),
-                "host": address(host),
-                "advertise": address(host),
-                "port": PORTS[0],
-                "bulk_port": PORTS[1],
-                "join": contact,
-                "allow": ["any"],
-                "threads": 1,
-                "snapshot_every": 0,
-                "evaluate_every": 0,
-                "log_level": "warning",
-            },
-        }
-    )
 
 
 async def _until_steps(node: Child, steps: int) -> None:
@@ -240,11 +212,6 @@ async def _until_round(nodes: Sequence[Child], round: int) -> None:
 
 def _patience() -> AbstractContextManager[object]:
     return trio.fail_after(STALL_S)
-
-
-def still_here(node: Child) -> None:
-    if node.has_ended:
-        raise EnvironmentFault(f"node {node.name} ended:\n{node.error_output}")
 
 
 def _mark(nodes: Sequence[Child]) -> Mark:

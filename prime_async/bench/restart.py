@@ -15,12 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from prime_async.bench.nodes import LOOPBACK, start_node
 from prime_async.bench.proc import peak_bytes
-from prime_async.config.load import config_from
-from prime_async.config.schema import Config
 from prime_async.machines.facts import LedgerRestored, RoundFinished, SnapshotWritten, ViewAdopted
-from prime_async.node.children import Child, node_process
-from prime_async.transport.keys import write_key_file
+from prime_async.node.children import Child
 
 SNAPSHOT_EVERY = 2
 ROUNDS = 3
@@ -43,10 +41,8 @@ async def measure(bench: RestartBench) -> dict[str, Any]:
     seconds, restoring, peaks = [], [], []
     with TemporaryDirectory(prefix="prime-async-bench-") as directory:
         home = Path(directory)
-        write_key_file(home / "node.key")
-        config = _config(home, bench.model)
         async with AsyncExitStack() as stack:
-            child = await _started(stack, config, home)
+            child = await _started(stack, home, bench.model)
             await child.until(lambda: len(child.told(RoundFinished)) >= ROUNDS and bool(child.told(SnapshotWritten)))
             for _ in range(bench.runs):
                 parameters = child.parameters
@@ -54,7 +50,7 @@ async def measure(bench: RestartBench) -> dict[str, Any]:
                 child.process.kill()
                 await child.process.wait()
                 began = time.monotonic()
-                child = await _started(stack, config, home)
+                child = await _started(stack, home, bench.model)
                 await child.until(lambda: bool(child.told(ViewAdopted)))  # noqa: B023  (awaited here)
                 seconds.append(time.monotonic() - began)
                 restoring.append(child.told(LedgerRestored)[0].seconds)
@@ -67,31 +63,12 @@ async def measure(bench: RestartBench) -> dict[str, Any]:
     }
 
 
-async def _started(stack: AsyncExitStack, config: Config, home: Path) -> Child:
-    return await stack.enter_async_context(node_process(config, home, lambda: None, None))
-
-
-def _config(home: Path, model: str) -> Config:
-    return config_from(
-        {
-            "run": {
-                "name": "restart",
-                "model": model,
-                "sequence_length": 16,
-                "round": {"inner_steps": 1},
-                "inner": {"batch_size": 1, "warmup_steps": 2},
-            },
-            "node": {
-                "name": "node",
-                "key": str(home / "node.key"),
-                "directory": str(home),
-                "host": "127.0.0.1",
-                "advertise": "127.0.0.1",
-                "port": 0,
-                "bulk_port": 0,
-                "snapshot_every": SNAPSHOT_EVERY,
-                "evaluate_every": 0,
-                "log_level": "warning",
-            },
-        }
-    )
+async def _started(stack: AsyncExitStack, home: Path, model: str) -> Child:
+    run = {
+        "name": "restart",
+        "model": model,
+        "sequence_length": 16,
+        "round": {"inner_steps": 1},
+        "inner": {"batch_size": 1, "warmup_steps": 2},
+    }
+    return await start_node(stack, home, run, {**LOOPBACK, "threads": 0, "snapshot_every": SNAPSHOT_EVERY})

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from prime_async.audit import Audit
 from prime_async.audit import audit as audit_folders
+from prime_async.cli.options import Json
 
 SHOWN = 10
 EXIT_DIFFERENT = 1
@@ -19,7 +20,7 @@ EXIT_DIFFERENT = 1
 
 def audit(
     *folders: Annotated[Path, Parameter(required=True)],
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
 ) -> int:
     """Make every mean that nodes settled anew from the contributions that it names, and compare the bytes.
 

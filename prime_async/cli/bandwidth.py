@@ -12,11 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prime_async.cli.options import SEVERAL, Count, Json, NotNegative
 from prime_async.errors import ConfigError
 from prime_async.plan import Setup
 from prime_async.utilisation import TARGETS, Need, needs
-
-SEVERAL = Parameter(negative="", consume_multiple=True)
 
 
 def bandwidth(
@@ -24,11 +23,11 @@ def bandwidth(
     parameters: Annotated[list[float], SEVERAL] = [1e9, 1e10, 1e11],  # noqa: B006  (kept)
     step_s: Annotated[list[float], SEVERAL] = [0.1, 0.8, 4.9],  # noqa: B006
     nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=65536))] = 2,
-    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 100.0,
-    inner_steps: Annotated[int, Parameter(validator=Number(gte=1))] = 100,
-    fragments: Annotated[int, Parameter(validator=Number(gte=1))] = 10,
-    cores: Annotated[int, Parameter(validator=Number(gte=1))] = 16,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    rtt_ms: NotNegative = 100.0,
+    inner_steps: Count = 100,
+    fragments: Count = 10,
+    cores: Count = 16,
+    json_: Json = False,
 ) -> int:
     """Say how many Gbit/s each mode needs so that 50 to 99 % of the time goes into training.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import trio
@@ -20,6 +20,8 @@ from prime_async.bench import failover as failovers
 from prime_async.bench import restart as restarts
 from prime_async.bench.exchange import ExchangeBench, measure
 from prime_async.cli.demo_report import size
+from prime_async.cli.options import SEVERAL, ChunkElements, Flag, Json, Repetitions
+from prime_async.cli.report import report
 
 app = App(name="bench", help="Measure this program on this machine.")
 app.command("prime_async.cli.bench_overlap:overlap", name="overlap")
@@ -34,10 +36,10 @@ def exchange(
     *,
     nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=64))] = 4,
     mib: Annotated[int, Parameter(validator=Number(gte=1, lte=65536))] = 64,
-    iterations: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 6,
-    chunk_elements: Annotated[int, Parameter(validator=Number(gte=256, lte=2**26, modulo=256))] = 2**20,
-    plain: Annotated[bool, Parameter(negative="")] = False,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    iterations: Repetitions = 6,
+    chunk_elements: ChunkElements = 2**20,
+    plain: Flag = False,
+    json_: Json = False,
 ) -> int:
     """Average a vector among node processes, as a round does, and with gloo's fp32 all-reduce beside it.
 
@@ -58,14 +60,8 @@ def exchange(
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
-    console = Console(stderr=json_, highlight=False)
     bench = ExchangeBench(nodes=nodes, mib=mib, chunk_elements=chunk_elements, iterations=iterations)
-    result = trio.run(_measure, bench, plain, console)
-    console.print(_table(result))
-    console.print(_phases(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure, bench, plain), (_table, _phases), json_)
 
 
 @app.command
@@ -74,7 +70,7 @@ def failover(
     nodes: Annotated[int, Parameter(validator=Number(gte=3, lte=16))] = 4,
     runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 5,
     failure_timeout_s: Annotated[float, Parameter(validator=Number(gt=2, lte=3600))] = 10.0,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
 ) -> int:
     """Kill a node in the middle of an exchange, and time how long the others take to finish the round.
 
@@ -91,21 +87,16 @@ def failover(
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
-    console = Console(stderr=json_, highlight=False)
     bench = failovers.FailoverBench(nodes=nodes, runs=runs, failure_timeout_s=failure_timeout_s)
-    result = trio.run(_measure_failover, bench, console)
-    console.print(_failover_table(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure_failover, bench), (_failover_table,), json_)
 
 
 @app.command
 def restart(
     *,
-    models: Annotated[list[str], Parameter(negative="", consume_multiple=True)] = ["llama-10m", "llama-100m"],  # noqa: B006  (kept)
+    models: Annotated[list[str], SEVERAL] = ["llama-10m", "llama-100m"],  # noqa: B006  (kept)
     runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 3,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
 ) -> int:
     """Kill a node, and time how long it takes to be back with what is on its disk; and how much memory it had.
 
@@ -120,12 +111,7 @@ def restart(
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
-    console = Console(stderr=json_, highlight=False)
-    result = trio.run(_measure_restart, models, runs, console)
-    console.print(_restart_table(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure_restart, models, runs), (_restart_table,), json_)
 
 
 async def _measure_restart(models: list[str], runs: int, console: Console) -> dict[str, Any]:

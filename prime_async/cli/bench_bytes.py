@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
-import trio
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prime_async.actors.groups import single_errors
 from prime_async.bench.bytes import BytesBench, measure
 from prime_async.cli.demo_report import size
+from prime_async.cli.options import SEVERAL, Count, Flag, Json, Nodes, Positive, Repetitions
+from prime_async.cli.report import report
 from prime_async.config.schema import CodecName
 
 
 def bytes_(
     *,
-    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=16))] = 4,
+    nodes: Nodes = 4,
     model: str = "llama-10m",
-    codecs: Annotated[list[CodecName], Parameter(negative="", consume_multiple=True)] = ["int8", "int4"],  # noqa: B006
-    inner_steps: Annotated[int, Parameter(validator=Number(gte=1))] = 500,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 1,
-    sequence_length: Annotated[int, Parameter(validator=Number(gte=1))] = 8,
-    step_s: Annotated[float, Parameter(validator=Number(gt=0))] = 1.0,
-    error_feedback: Annotated[bool, Parameter(negative="")] = False,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    codecs: Annotated[list[CodecName], SEVERAL] = ["int8", "int4"],  # noqa: B006
+    inner_steps: Count = 500,
+    rounds: Repetitions = 1,
+    sequence_length: Count = 8,
+    step_s: Positive = 1.0,
+    error_feedback: Flag = False,
+    json_: Json = False,
 ) -> int:
     """Count what real nodes send in whole rounds, against data-parallel fp32 with a ring all-reduce at every step.
 
@@ -59,7 +57,6 @@ def bytes_(
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
-    console = Console(stderr=json_, highlight=False)
     bench = BytesBench(
         nodes=nodes,
         model=model,
@@ -69,12 +66,7 @@ def bytes_(
         step_s=step_s,
         error_feedback=error_feedback,
     )
-    with single_errors():
-        result = trio.run(_measure, bench, codecs, console)
-    console.print(_table(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure, bench, codecs), (_table,), json_)
 
 
 async def _measure(bench: BytesBench, codecs: list[CodecName], console: Console) -> dict[str, Any]:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
-import trio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prime_async.actors.groups import single_errors
 from prime_async.bench.join import TOKEN_PARAMETERS, JoinBench, measure, tokens_for
 from prime_async.cli.demo_report import size
+from prime_async.cli.options import SEVERAL, Json, NotNegative, Positive
+from prime_async.cli.report import report
 from prime_async.errors import ConfigError
 
 
 def join(
     *,
-    parameters: Annotated[float, Parameter(validator=Number(gt=0))] = 8e6,
-    up_mbit: Annotated[list[float], Parameter(negative="", consume_multiple=True)] = [40.0, 40.0, 40.0],  # noqa: B006  (not changed)
-    down_mbit: Annotated[float, Parameter(validator=Number(gt=0))] = 100.0,
-    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 20.0,
-    congestion: Annotated[list[str], Parameter(negative="", consume_multiple=True)] = ["cubic"],  # noqa: B006
+    parameters: Positive = 8e6,
+    up_mbit: Annotated[list[float], SEVERAL] = [40.0, 40.0, 40.0],  # noqa: B006  (not changed)
+    down_mbit: Positive = 100.0,
+    rtt_ms: NotNegative = 20.0,
+    congestion: Annotated[list[str], SEVERAL] = ["cubic"],  # noqa: B006
     runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 3,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
 ) -> int:
     """Let a node join a run whose members have slow uplinks, and time how long it fetches the state of the run.
 
@@ -56,14 +56,8 @@ def join(
     """
     if min(up_mbit, default=0.0) <= 0:
         raise ConfigError([f"--up-mbit is {up_mbit}: expected a rate above 0 for each member, and at least one"])
-    console = Console(stderr=json_, highlight=False)
     bench = JoinBench(tokens=tokens_for(parameters), up_mbit=tuple(up_mbit), down_mbit=down_mbit, rtt_ms=rtt_ms)
-    with single_errors():
-        result = trio.run(_measure, bench, congestion, runs, console)
-    console.print(_table(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure, bench, congestion, runs), (_table,), json_)
 
 
 async def _measure(bench: JoinBench, congestion: list[str], runs: int, console: Console) -> dict[str, Any]:

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
-import trio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from prime_async.actors.groups import single_errors
 from prime_async.bench.links import TCP_SHARE, LinkCase, LinksBench, measure
 from prime_async.cli.demo_report import size
+from prime_async.cli.options import (
+    SEVERAL,
+    ChunkElements,
+    Flag,
+    Json,
+    Nodes,
+    NotNegative,
+    Positive,
+    Repetitions,
+)
+from prime_async.cli.report import report
 from prime_async.config.schema import CodecName
 from prime_async.errors import ConfigError
 
 
 def links(
     *,
-    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=16))] = 4,
+    nodes: Nodes = 4,
     mib: Annotated[float, Parameter(validator=Number(gt=0, lte=65536))] = 256,
-    iterations: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 5,
-    rate_mbit: Annotated[float, Parameter(validator=Number(gt=0))] = 50.0,
-    rtt_ms: Annotated[list[float], Parameter(negative="", consume_multiple=True)] = [20.0, 100.0],  # noqa: B006  (not changed)
-    loss: Annotated[list[float], Parameter(negative="", consume_multiple=True)] = [0.0, 0.5],  # noqa: B006
-    streams: Annotated[list[int], Parameter(negative="", consume_multiple=True)] = [4],  # noqa: B006
-    congestion: Annotated[list[str], Parameter(negative="", consume_multiple=True)] = ["cubic"],  # noqa: B006
+    iterations: Repetitions = 5,
+    rate_mbit: Positive = 50.0,
+    rtt_ms: Annotated[list[float], SEVERAL] = [20.0, 100.0],  # noqa: B006  (not changed)
+    loss: Annotated[list[float], SEVERAL] = [0.0, 0.5],  # noqa: B006
+    streams: Annotated[list[int], SEVERAL] = [4],  # noqa: B006
+    congestion: Annotated[list[str], SEVERAL] = ["cubic"],  # noqa: B006
     codec: CodecName = "int8",
-    chunk_elements: Annotated[int, Parameter(validator=Number(gte=256, lte=2**26, modulo=256))] = 2**17,
-    pause_s: Annotated[float, Parameter(validator=Number(gte=0))] = 2.0,
-    plain: Annotated[bool, Parameter(negative="")] = False,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    chunk_elements: ChunkElements = 2**17,
+    pause_s: NotNegative = 2.0,
+    plain: Flag = False,
+    json_: Json = False,
 ) -> int:
     """Average a vector among nodes behind slow links, as a round does, and say which share of the links it used.
 
@@ -74,7 +83,6 @@ def links(
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
-    console = Console(stderr=json_, highlight=False)
     bench = LinksBench(
         nodes=nodes,
         elements=round(mib * 2**18),
@@ -85,13 +93,7 @@ def links(
         pause_s=pause_s,
     )
     cases = _cases(rate_mbit, rtt_ms, loss, streams, congestion)
-    with single_errors():
-        result = trio.run(_measure, bench, cases, console)
-    console.print(_table(result))
-    console.print(_phases(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure, bench, cases), (_table, _phases), json_)
 
 
 def _cases(

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
-import trio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prime_async.actors.groups import single_errors
 from prime_async.bench.overlap import Measured, OverlapBench, measure_alone, measure_mode, modes_of, rate_for, share
+from prime_async.cli.options import Count, Json, Nodes, NotNegative
+from prime_async.cli.report import report
 
 
 def overlap(
     *,
-    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=16))] = 2,
+    nodes: Nodes = 2,
     model: str = "llama-1m",
     inner_steps: Annotated[int, Parameter(validator=Number(gte=4))] = 400,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 3,
-    runs: Annotated[int, Parameter(validator=Number(gte=1))] = 3,
+    rounds: Count = 3,
+    runs: Count = 3,
     exchange_share: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] = 0.17,
     slow_down: Annotated[float, Parameter(validator=Number(gte=1))] = 4.0,
-    fragments: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
-    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 40.0,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    fragments: Count = 4,
+    rtt_ms: NotNegative = 40.0,
+    json_: Json = False,
 ) -> int:
     """Train in every mode over slow links, and compare with the same trainers without any exchange.
 
@@ -60,7 +60,6 @@ def overlap(
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
-    console = Console(stderr=json_, highlight=False)
     bench = OverlapBench(
         nodes=nodes,
         model=model,
@@ -71,12 +70,7 @@ def overlap(
         fragments=fragments,
         rtt_ms=rtt_ms,
     )
-    with single_errors():
-        result = trio.run(_measure, bench, runs, console)
-    console.print(_table(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure, bench, runs), (_table,), json_)
 
 
 async def _measure(bench: OverlapBench, runs: int, console: Console) -> dict[str, Any]:

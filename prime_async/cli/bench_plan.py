@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
-import trio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prime_async.actors.groups import single_errors
 from prime_async.bench.overlap import Measured, Mode, OverlapBench, measure_alone, measure_mode, rate_for
 from prime_async.bench.plan import choice_of, compare, modes_of, setup_of
+from prime_async.cli.options import SEVERAL, Count, Json, Nodes, NotNegative
+from prime_async.cli.report import report
 from prime_async.config.schema import ContributionCodec
 from prime_async.errors import ConfigError
 from prime_async.plan import Choice, Setup
@@ -25,22 +25,20 @@ from prime_async.plan import Choice, Setup
 Case: TypeAlias = tuple[OverlapBench, Mode]
 ModeName: TypeAlias = Literal["blocking", "overlapped", "streaming", "eager"]
 
-SEVERAL = Parameter(negative="", consume_multiple=True)
-
 
 def plan(
     *,
-    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=16))] = 2,
+    nodes: Nodes = 2,
     model: str = "llama-1m",
     modes: Annotated[list[ModeName], SEVERAL] = ["blocking", "overlapped", "streaming"],  # noqa: B006  (kept)
     codecs: Annotated[list[ContributionCodec], SEVERAL] = ["int8", "int4"],  # noqa: B006
     exchange_shares: Annotated[list[float], SEVERAL] = [0.17, 0.5],  # noqa: B006
     inner_steps: Annotated[int, Parameter(validator=Number(gte=4))] = 400,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 2,
-    runs: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
-    fragments: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
-    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 40.0,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    rounds: Count = 2,
+    runs: Count = 1,
+    fragments: Count = 4,
+    rtt_ms: NotNegative = 40.0,
+    json_: Json = False,
 ) -> int:
     """Compare what `prime-async plan` says of an exchange with real nodes behind slow links.
 
@@ -74,7 +72,6 @@ def plan(
     """
     if wrong := [s for s in exchange_shares if not 0 < s < 1]:
         raise ConfigError([f"--exchange-shares has {wrong}: expected shares of the time, above 0 and below 1"])
-    console = Console(stderr=json_, highlight=False)
     bench = OverlapBench(
         nodes=nodes,
         model=model,
@@ -90,12 +87,7 @@ def plan(
         for part in exchange_shares
         for mode in modes_of(modes, codecs, fragments)
     ]
-    with single_errors():
-        result = trio.run(_measure, bench, cases, runs, console)
-    console.print(_table(result))
-    if json_:
-        print(json.dumps(result))
-    return 0
+    return report(partial(_measure, bench, cases, runs), (_table,), json_)
 
 
 async def _measure(bench: OverlapBench, cases: list[Case], runs: int, console: Console) -> dict[str, Any]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import trio
-from cyclopts import Parameter
 
+from prime_async.cli.options import Json
 from prime_async.cli.preflight import preflight, print_findings
 
 
-def check(config: Path, /, *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> int:
+def check(config: Path, /, *, json_: Json = False) -> int:
     """Try everything that a node needs, without joining the run: exits with 1 if something is in the way.
 
     Parameters

@@ -23,6 +23,7 @@ from rich.live import Live
 from prime_async.actors.groups import single_errors
 from prime_async.cli.chaos import Incident, require_enough, upset
 from prime_async.cli.demo_report import final_report, progress_table
+from prime_async.cli.options import Flag, Json, Repetitions
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
 from prime_async.errors import ConfigError, EnvironmentFault
@@ -52,10 +53,10 @@ CHAOS_RUN: dict[str, Any] = {"failure_timeout_s": 5.0}
 def demo(
     *,
     nodes: Annotated[int, Parameter(validator=Number(gte=1, lte=16))] = 3,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 8,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    rounds: Repetitions = 8,
+    json_: Json = False,
     keep: Annotated[Path | None, Parameter(negative="")] = None,
-    chaos: Annotated[bool, Parameter(negative="")] = False,
+    chaos: Flag = False,
 ) -> int:
     """Train a model of a million parameters on this machine, with several nodes that exchange encrypted chunks.
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from prime_async.cli.logs import configure_logging
+from prime_async.cli.options import Json
 from prime_async.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def evaluate(
     sequence_length: Annotated[int, Parameter(negative="")] = 0,
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
 ) -> int:
     """Say how many bits a model needs for each byte of held-out text, and how many nats for each token.
 

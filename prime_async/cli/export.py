@@ -11,6 +11,7 @@ from rich.console import Console
 from prime_async.cli.demo_report import size
 from prime_async.cli.inspect import node_directory
 from prime_async.cli.logs import configure_logging
+from prime_async.cli.options import Flag
 from prime_async.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ def export(
     dtype: Literal["float32", "bfloat16"] = "float32",
     tokenizer: Annotated[Path | None, Parameter(negative="")] = None,
     shard_mb: Annotated[int, Parameter(negative="")] = 5000,
-    force: Annotated[bool, Parameter(negative="")] = False,
+    force: Flag = False,
 ) -> int:
     """Write the newest model that a node has on disk as a Hugging Face Llama: config, safetensors and tokenizer.
 

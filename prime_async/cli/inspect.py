@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.cli.demo_report import size
+from prime_async.cli.options import Json
 from prime_async.config.load import load_config
 from prime_async.config.schema import Config
 from prime_async.ledger.examination import MeansFound, SnapshotFound
@@ -28,7 +29,7 @@ def inspect(
     /,
     *,
     verify: Annotated[bool, Parameter(name="--verify", negative="--no-verify")] = True,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
 ) -> int:
     """Say what is in a node's directory, whether it is whole, and from which round the node would carry on.
 

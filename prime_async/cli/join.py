@@ -7,14 +7,14 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import trio
-from cyclopts import Parameter
 from rich.console import Console
 
 from prime_async.cli.demo_report import size
 from prime_async.cli.init import ALLOW_FILE, ALLOW_TEXT, CONFIG_FILE, KEY_FILE
+from prime_async.cli.options import Flag
 from prime_async.cli.preflight import print_findings, try_config
 from prime_async.config.contact import Contact
 from prime_async.config.invitation import Invitation
@@ -40,7 +40,7 @@ def join(
     data_path: Path | None = None,
     micro_batch_size: int = 0,
     advertise: str = "",
-    yes: Annotated[bool, Parameter(negative="")] = False,
+    yes: Flag = False,
     run: bool = True,
 ) -> int:
     """Join a run with the string that a member printed: `prime-async invite`.

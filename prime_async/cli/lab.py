@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from prime_async.cli.demo_report import size
+from prime_async.cli.options import SEVERAL, Count, Positive, Repetitions
 from prime_async.config.schema import ExchangeSettings, InnerSettings, OuterSettings, RoundSettings, RunSpec
 from prime_async.errors import ConfigError
 from prime_async.lab.experiment import Job, Outcome
@@ -28,16 +29,16 @@ WARMUP_SHARE = 10
 def lab(
     directory: Path,
     *,
-    methods: Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)] = None,
-    seeds: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 3,
+    methods: Annotated[list[str] | None, SEVERAL] = None,
+    seeds: Repetitions = 3,
     workers: Annotated[int, Parameter(validator=Number(gte=1, lte=64))] = 4,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 50,
-    inner_steps: Annotated[int, Parameter(validator=Number(gte=1))] = 20,
-    learning_rates: Annotated[list[float], Parameter(negative="", consume_multiple=True)] = [2e-3, 4e-3, 8e-3],  # noqa: B006  (not changed)
+    rounds: Count = 50,
+    inner_steps: Count = 20,
+    learning_rates: Annotated[list[float], SEVERAL] = [2e-3, 4e-3, 8e-3],  # noqa: B006  (not changed)
     model: str = "llama-360k",
-    batch_size: Annotated[int, Parameter(validator=Number(gte=1))] = 8,
-    sequence_length: Annotated[int, Parameter(validator=Number(gte=1))] = 64,
-    outer_learning_rate: Annotated[float, Parameter(validator=Number(gt=0))] = 0.7,
+    batch_size: Count = 8,
+    sequence_length: Count = 64,
+    outer_learning_rate: Positive = 0.7,
     outer_momentum: Annotated[float, Parameter(validator=Number(gte=0, lt=1))] = 0.9,
     processes: Annotated[int, Parameter(validator=Number(gte=0))] = 0,
     plot: bool = True,

@@ -13,21 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.cli.demo_report import size
+from prime_async.cli.options import Count, Json, NotNegative, Positive
 from prime_async.plan import Forecast, Setup, choices, forecast, recommend
 
 
 def plan(
     *,
-    parameters: Annotated[float, Parameter(validator=Number(gt=0))],
-    step_s: Annotated[float, Parameter(validator=Number(gt=0))],
-    up_mbit: Annotated[float, Parameter(validator=Number(gt=0))],
-    down_mbit: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0,
+    parameters: Positive,
+    step_s: Positive,
+    up_mbit: Positive,
+    down_mbit: NotNegative = 0.0,
     nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=65536))] = 4,
-    rtt_ms: Annotated[float, Parameter(validator=Number(gte=0))] = 100.0,
-    inner_steps: Annotated[int, Parameter(validator=Number(gte=1))] = 500,
-    fragments: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
-    cores: Annotated[int, Parameter(validator=Number(gte=1))] = 4,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    rtt_ms: NotNegative = 100.0,
+    inner_steps: Count = 500,
+    fragments: Count = 4,
+    cores: Count = 4,
+    json_: Json = False,
 ) -> int:
     """Say what each mode will cost over given links, and recommend mode, H and codec to begin with.
 

@@ -15,6 +15,7 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
+from prime_async.cli.options import Flag
 from prime_async.comparison import Comparison, compare
 from prime_async.errors import ConfigError
 from prime_async.log import MessageLog, ReplayedStep, read_log, words_of
@@ -30,7 +31,7 @@ def replay(
     log: Path,
     /,
     *,
-    show: Annotated[bool, Parameter(negative="")] = False,
+    show: Flag = False,
     from_: Annotated[int, Parameter(name="--from", validator=NUMBER)] = 0,
     until: Annotated[int | None, Parameter(validator=NUMBER)] = None,
     actor: ActorName | None = None,

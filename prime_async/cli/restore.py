@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.console import Console
 
 from prime_async.cli.inspect import show
+from prime_async.cli.options import Json
 from prime_async.config.load import load_config
 from prime_async.config.spec import run_id
 from prime_async.errors import ConfigError
@@ -19,7 +18,7 @@ def restore(
     config: Path,
     /,
     *,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Json = False,
 ) -> int:
     """Fetch the remote copy of a node's snapshots and means into its directory, which is empty, and inspect it.
 

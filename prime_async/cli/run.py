@@ -8,15 +8,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import structlog
 import trio
-from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from prime_async.cli.logs import configure_logging
+from prime_async.cli.options import Flag, NotNegative
 from prime_async.config.load import load_config
 from prime_async.config.schema import Config
 
@@ -29,9 +28,9 @@ def run(
     config: Path,
     /,
     *,
-    events: Annotated[bool, Parameter(negative="")] = False,
-    stop_on_eof: Annotated[bool, Parameter(negative="")] = False,
-    leave_within: Annotated[float, Parameter(validator=Number(gte=0))] = math.inf,
+    events: Flag = False,
+    stop_on_eof: Flag = False,
+    leave_within: NotNegative = math.inf,
 ) -> int:
     """Run a node.
 

@@ -11,6 +11,7 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 
+from prime_async.cli.options import Count
 from prime_async.testing.scale import Load, Scale, measure_scale
 
 FACTOR = 10
@@ -19,7 +20,7 @@ FACTOR = 10
 def simulate(
     *,
     nodes: Annotated[int, Parameter(validator=Number(gte=2))] = 100,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 3,
+    rounds: Count = 3,
     seed: int = 1,
 ) -> int:
     """Count the control messages of a run of this many nodes, and of runs a tenth and a hundredth of its size.

@@ -6,14 +6,14 @@ import json
 import time
 import urllib.error
 import urllib.request
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from prime_async.cli.options import Flag
 from prime_async.errors import ConfigError, EnvironmentFault, ProtocolError
 from prime_async.watch.words import seconds, size
 
@@ -29,8 +29,8 @@ def status(
     address: str = DEFAULT_ADDRESS,
     /,
     *,
-    json: Annotated[bool, Parameter(negative="")] = False,
-    watch: Annotated[bool, Parameter(negative="")] = False,
+    json: Flag = False,
+    watch: Flag = False,
 ) -> int:
     """Show how a run does, as a node with `node.dashboard` tells it.
 
