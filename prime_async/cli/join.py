@@ -72,20 +72,12 @@ def join(
     """
     invitation = Invitation.parse(string)
     home = directory or Path(invitation.name)
-    path = home / CONFIG_FILE
-    if path.exists():
-        raise ConfigError([f"{path}: is there already: `prime-async run {path}`, or name another directory"])
-    if not yes and not sys.stdin.isatty():
-        raise ConfigError(["stdin is no terminal, where a question could be asked: add --yes"])
-    say = Console(soft_wrap=True, highlight=False, markup=False).print
+    _require_a_beginning(home / CONFIG_FILE, yes)
     key = _key(home)
+    say = Console(soft_wrap=True, highlight=False, markup=False).print
     say(f"Asking {', '.join(f'{m.host}:{m.port}' for m in invitation.members)} about the run {invitation.name!r} ...")
     spec = trio.run(_read_run, invitation, key)
-    if spec.data == "tokens" and data_path is None:
-        digest = f", whose digest is {spec.data_digest}" if spec.data_digest else ""
-        raise ConfigError(
-            [f"this run trains on a token file{digest}: get it from whoever runs it, and add --data-path"]
-        )
+    _require_data(spec, data_path)
     node: dict[str, object] = {
         "name": name or socket.gethostname()[:64],
         "key": str(key_file(home)),
@@ -97,23 +89,45 @@ def join(
         "data_path": "" if data_path is None else str(data_path.absolute()),
     }
     config = _config(spec, {**node, **_free_ports("0.0.0.0")}, invitation.members)
-    findings = trio.run(try_config, config, f"run {spec.name!r}, run id {run_id(spec).hex()[:16]}")
-    print_findings(findings)
-    if any(f.verdict == "problem" for f in findings):
-        raise ConfigError(["this machine is not ready: mend what is marked bad, and join again"])
+    _require_a_ready_machine(config)
     say(_description(config, measure_step(config)))
     if not yes and input("Join and train? [Y/n] ").strip().lower() not in ("", "y", "yes"):
         say("Nothing was written but the key.")
         return 1
     members = trio.run(_let_in, invitation, key, config.node.name)
     _write(home, _config(spec, {**node, **_ports_of(config), "allow_file": ALLOW_FILE}, members))
-    say(f"Wrote {path}.")
+    say(f"Wrote {home / CONFIG_FILE}.")
     if not run:
-        say(f"  prime-async run {path}")
+        say(f"  prime-async run {home / CONFIG_FILE}")
         return 0
     from prime_async.cli.run import run as run_node
 
-    return run_node(path)
+    return run_node(home / CONFIG_FILE)
+
+
+def _require_a_beginning(path: Path, yes: bool) -> None:
+    """Raises :class:`ConfigError` if there is a node already, or nobody who could be asked."""
+    if path.exists():
+        raise ConfigError([f"{path}: is there already: `prime-async run {path}`, or name another directory"])
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError(["stdin is no terminal, where a question could be asked: add --yes"])
+
+
+def _require_data(spec: RunSpec, data_path: Path | None) -> None:
+    """Raises :class:`ConfigError` if the run trains on a file that was not named."""
+    if spec.data == "tokens" and data_path is None:
+        digest = f", whose digest is {spec.data_digest}" if spec.data_digest else ""
+        raise ConfigError(
+            [f"this run trains on a token file{digest}: get it from whoever runs it, and add --data-path"]
+        )
+
+
+def _require_a_ready_machine(config: Config) -> None:
+    """Tell what was found. Raises :class:`ConfigError` if the node could not run."""
+    findings = trio.run(try_config, config, f"run {config.run.name!r}, run id {run_id(config.run).hex()[:16]}")
+    print_findings(findings)
+    if any(f.verdict == "problem" for f in findings):
+        raise ConfigError(["this machine is not ready: mend what is marked bad, and join again"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

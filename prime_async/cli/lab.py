@@ -111,10 +111,7 @@ def lab(
     title = f"{model}, {workers} workers, {rounds} x {inner_steps} inner steps, {seeds} seeds"
     console.print(_table(title, summaries))
     if plot:
-        try:
-            draw(directory / "lab.png", title, summaries, outcomes)
-        except ConfigError as error:
-            console.print(f"no plot: {error}")
+        _draw(directory / "lab.png", title, summaries, outcomes, console)
     return 0
 
 
@@ -135,6 +132,14 @@ def _run(plan: Plan, directory: Path, processes: int, console: Console) -> tuple
         rates = best_rates(run("tuning", plan.tuning()), plan)
         outcomes = run("comparing", plan.reported(rates))
     return summarise(outcomes, plan), outcomes
+
+
+def _draw(path: Path, title: str, summaries: list[Summary], outcomes: list[Outcome], console: Console) -> None:
+    """Or say what is missing: the figures are written already."""
+    try:
+        draw(path, title, summaries, outcomes)
+    except ConfigError as error:
+        console.print(f"no plot: {error}")
 
 
 def _table(title: str, summaries: list[Summary]) -> Table:

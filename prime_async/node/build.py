@@ -183,49 +183,61 @@ def machine_settings(
     tip: Commit | None = None,
 ) -> MachineSettings:
     """What the machines are made with."""
-    run, node = config.run, config.node
     membership = membership_settings(config, transport, ballot, tip)
-    me = membership.me
-    timeout_s = FETCH_TIMEOUTS * run.failure_timeout_s
-    window = chunks_under_way(node.streams, workload)
+    me = membership.me.id
     return MachineSettings(
         membership=membership,
-        exchange=ExchangeSettings(
-            me=me.id,
-            chunk_count=workload.chunk_count,
-            fragments=workload.fragments.count,
-            min_members=run.min_members,
-            straggler_timeout_s=run.straggler_timeout_s,
-            chunk_window=window,
-            mean_window=window,
-            fetch_timeout_s=timeout_s,
-            repeat_s=run.heartbeat_s,
-        ),
-        checkpoint=CheckpointSettings(
-            me=me.id,
-            chunk_count=workload.chunk_count,
-            fragments=workload.fragments.count,
-            mean_bytes=sum(map(workload.usual_mean_bytes, range(workload.chunk_count))) // workload.fragments.count,
-            state_bytes=sum(map(workload.state_bytes, range(workload.chunk_count))),
-            window=catch_up_window(workload),
-            fetch_timeout_s=timeout_s,
-            ask_again_s=run.heartbeat_s,
-            snapshot_every=node.snapshot_every if workload.spans else 0,
-            keep_snapshots=node.keep_snapshots,
-            keep_rounds=node.keep_rounds,
-            initial=bytes.fromhex(run.initial_digest) if workload.spans else b"",
-        ),
-        training=TrainingSettings(
-            me=me.id,
-            inner_steps=run.steps_per_round,
-            seconds=run.seconds_per_round,
-            witness=node.witness,
-            rounds=run.rounds,
-            evaluate_every=node.evaluate_every,
-            min_members=run.min_members,
-            overlaps=run.overlaps and not node.witness,
-            eager=run.mode == "eager" and not node.witness,
-            fragments=workload.fragments.count,
-            sync_rounds=run.warmup_sync_steps,
-        ),
+        exchange=_exchange_settings(config, me, workload),
+        checkpoint=_checkpoint_settings(config, me, workload),
+        training=_training_settings(config, me, workload),
+    )
+
+
+def _exchange_settings(config: Config, me: str, workload: Workload) -> ExchangeSettings:
+    run, window = config.run, chunks_under_way(config.node.streams, workload)
+    return ExchangeSettings(
+        me=me,
+        chunk_count=workload.chunk_count,
+        fragments=workload.fragments.count,
+        min_members=run.min_members,
+        straggler_timeout_s=run.straggler_timeout_s,
+        chunk_window=window,
+        mean_window=window,
+        fetch_timeout_s=FETCH_TIMEOUTS * run.failure_timeout_s,
+        repeat_s=run.heartbeat_s,
+    )
+
+
+def _checkpoint_settings(config: Config, me: str, workload: Workload) -> CheckpointSettings:
+    run, node = config.run, config.node
+    return CheckpointSettings(
+        me=me,
+        chunk_count=workload.chunk_count,
+        fragments=workload.fragments.count,
+        mean_bytes=sum(map(workload.usual_mean_bytes, range(workload.chunk_count))) // workload.fragments.count,
+        state_bytes=sum(map(workload.state_bytes, range(workload.chunk_count))),
+        window=catch_up_window(workload),
+        fetch_timeout_s=FETCH_TIMEOUTS * run.failure_timeout_s,
+        ask_again_s=run.heartbeat_s,
+        snapshot_every=node.snapshot_every if workload.spans else 0,
+        keep_snapshots=node.keep_snapshots,
+        keep_rounds=node.keep_rounds,
+        initial=bytes.fromhex(run.initial_digest) if workload.spans else b"",
+    )
+
+
+def _training_settings(config: Config, me: str, workload: Workload) -> TrainingSettings:
+    run, node = config.run, config.node
+    return TrainingSettings(
+        me=me,
+        inner_steps=run.steps_per_round,
+        seconds=run.seconds_per_round,
+        witness=node.witness,
+        rounds=run.rounds,
+        evaluate_every=node.evaluate_every,
+        min_members=run.min_members,
+        overlaps=run.overlaps and not node.witness,
+        eager=run.mode == "eager" and not node.witness,
+        fragments=workload.fragments.count,
+        sync_rounds=run.warmup_sync_steps,
     )
