@@ -1,4 +1,4 @@
-"""The reference of the configuration is made from the schema, and the README has the newest."""
+"""The reference of the configuration is made from the schema, and the page has the newest."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ from prime_async.config.reference import (
     setting,
     tables,
 )
+from prime_async.docs import PAGES
 from prime_async.errors import ConfigError
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = PAGES / "configuration.md"
 
 
 def settings() -> Iterator[Setting]:
     return (setting for table in tables() for setting in table.settings)
 
 
-def test_the_readme_has_this_reference() -> None:
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    if BEGIN not in text:
-        pytest.skip("README.md has no place for the reference yet")
+def test_the_page_has_this_reference() -> None:
+    text = PAGE.read_text(encoding="utf-8")
 
-    assert text == replace_reference(text), "run: python -m prime_async.config.reference README.md"
+    assert text == replace_reference(text), f"run: python -m prime_async.config.reference {PAGE}"
 
 
 def test_every_setting_has_a_meaning() -> None:

@@ -1,4 +1,4 @@
-"""What the README shows is run here, as it stands there."""
+"""What the README, and its page on programs of your own, show is run here, as it stands there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 import prime_async
+from prime_async.docs import PAGES
 from prime_async.testing import Simulation
 from prime_async.transport.keys import read_key_file
 from tests.processes import processes_about
@@ -23,11 +24,12 @@ from tests.pytest_plugin import LOADED
 
 pytestmark = pytest.mark.xdist_group("real time")
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PROGRAMS = README + (PAGES / "embedding.md").read_text(encoding="utf-8")
 LIMIT_S = 120.0
 
 
 def block(language: str, containing: str) -> str:
-    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", PROGRAMS, re.MULTILINE | re.DOTALL)
     return next(text for text in blocks if containing in text)
 
 

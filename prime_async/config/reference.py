@@ -1,6 +1,6 @@
-"""What each setting takes, read from the schema: the source of error messages, templates and the README's reference.
+"""What each setting takes, read from the schema: the source of error messages, templates and the reference in docs.
 
-``python -m prime_async.config.reference README.md`` rewrites the part of the README between its two markers.
+``python -m prime_async.config.reference prime_async/docs/configuration.md`` rewrites what is there between two markers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 ``[run]`` (:mod:`.run`) is the run spec: it must be equal on all nodes, and its digest is the run id. ``[node]``
 (:mod:`.node`) belongs to one node. Conditions on more than one setting are in :mod:`.rules`.
 
-Error messages, the file that ``prime-async init`` writes and the reference in README.md are made from what stands
+Error messages, the file that ``prime-async init`` writes and docs/configuration.md are made from what stands
 there: a description reads well behind "learning_rate: ", and ``words`` names what a pattern allows.
 """
 
