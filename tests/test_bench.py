@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from prime_async.bench import data
+from prime_async.bench.exchange import GROUPS
 from prime_async.bench.figures import Busy, Phases
 from prime_async.bench.journal import Journal, mean_of
 from prime_async.cli import app
@@ -55,7 +56,7 @@ def test_a_small_benchmark_reports_every_figure_and_leaves_nothing_behind() -> N
     assert process.returncode == 0, errors
     result = json.loads(output.splitlines()[-1])
     assert (result["nodes"], result["mib"], result["iterations"], result["chunk_elements"]) == (2, 1, 2, 2**15)
-    for mode in ("plain", "encrypted"):
+    for mode in GROUPS:
         _assert_complete(result[mode])
     assert "relative L2 error" in errors  # the table
     assert _processes_of(os.getpid()) == []

@@ -2,7 +2,8 @@
 
 A group is ``nodes`` processes. Each runs a node of ours, whole (``open_node``: membership, plan, commit, ZeroMQ on
 loopback), and a rank of gloo; both average the same fp32 vector. An iteration of gloo, then one of ours, and so on.
-Encrypted and plain are two groups, one after the other, each with its own iterations of gloo.
+The groups come one after the other, each with its own iterations of gloo: plain and encrypted, as nodes of a run do it,
+who have the means on their disks before they count; and plain in memory, where nothing is kept, as in an all-reduce.
 
 The time of an iteration, ours and gloo's: from the first process that leaves the barrier before it, to the last process
 that holds the whole result. For ours that begins where the inner steps end, and ends with the digest of the new outer
@@ -22,7 +23,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -48,18 +49,29 @@ class ExchangeBench:
         return (self.mib << 20) // FP32_BYTES
 
 
-async def measure(bench: ExchangeBench, encrypt: bool) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What differs between the groups. ``keep``: the means are on every node's disk before they count."""
+
+    encrypt: bool = False
+    keep: bool = True
+
+
+GROUPS: Final = {"plain": Group(), "encrypted": Group(encrypt=True), "in memory": Group(keep=False)}
+
+
+async def measure(bench: ExchangeBench, group: Group) -> dict[str, Any]:
     """The figures of one group, as ``prime-async bench exchange --json`` prints them.
 
     Raises :class:`~prime_async.errors.EnvironmentFault` if a process ends badly; then, and on
     cancellation, no process is left.
     """
     with TemporaryDirectory(prefix="prime-async-bench-") as directory:
-        reports = await _reports(bench, encrypt, Path(directory))
+        reports = await _reports(bench, group, Path(directory))
     return _figures(bench, reports)
 
 
-async def _reports(bench: ExchangeBench, encrypt: bool, directory: Path) -> list[WorkerReport]:
+async def _reports(bench: ExchangeBench, group: Group, directory: Path) -> list[WorkerReport]:
     homes = [directory / f"node-{rank}" for rank in range(bench.nodes)]
     for home in homes:
         home.mkdir()
@@ -73,7 +85,8 @@ async def _reports(bench: ExchangeBench, encrypt: bool, directory: Path) -> list
                 elements=bench.elements,
                 chunk_elements=bench.chunk_elements,
                 iterations=bench.iterations,
-                encrypt=encrypt,
+                encrypt=group.encrypt,
+                keep=group.keep,
                 directory=str(directory),
                 ids=ids,
             )

@@ -14,6 +14,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     chunk_elements: int
     iterations: int
     encrypt: bool
+    keep: bool  # the means on disk
     directory: str  # shared by the group
     ids: tuple[str, ...]  # the nodes' public keys, by rank
 

@@ -33,6 +33,7 @@ from prime_async.transport.base import Traffic
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import Codec, make_codec
+from prime_async.work.inner import Span
 from prime_async.work.workload import Reduction, StepReport
 
 UNTIMED_ROUNDS = 2
@@ -41,15 +42,29 @@ GROUP_TIMEOUT = timedelta(seconds=120)
 
 
 class BenchWorkload(BufferWorkload):
-    """A vector to average, whose inner steps are ``between``, and whose pieces of work are written down."""
+    """A vector to average, whose inner steps are ``between``, and whose pieces of work are written down.
+
+    Without ``keep`` it has nothing to keep on disk.
+    """
 
     def __init__(
-        self, values: Tensor, chunk_elements: int, journal: Journal, between: Callable[[], None], codec: Codec
+        self,
+        values: Tensor,
+        chunk_elements: int,
+        journal: Journal,
+        between: Callable[[], None],
+        codec: Codec,
+        keep: bool = True,
     ) -> None:
         super().__init__(values, chunk_elements, codec)
+        self._keep = keep
         self._journal = journal
         self._between = between
         self.ended_at = 0.0
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        return super().spans if self._keep else ()
 
     def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:  # noqa: ARG002  (no steps to report)
         self._between()
@@ -106,7 +121,12 @@ class Rounds:
         self.traffic = Traffic()  # the node's counters, once it is open
         # All nodes begin with the same outer state, as in a real run; the vectors to average are filled in later.
         self.workload = BenchWorkload(
-            torch.zeros(spec.elements), spec.chunk_elements, self.journal, self.between, make_codec("int8")
+            torch.zeros(spec.elements),
+            spec.chunk_elements,
+            self.journal,
+            self.between,
+            make_codec("int8"),
+            spec.keep,
         )
         self._source = torch.empty(spec.elements)
         data.fill(self._source, self.chunks, spec.rank)

@@ -18,7 +18,7 @@ from rich.table import Table
 from prime_async.actors.groups import single_errors
 from prime_async.bench import failover as failovers
 from prime_async.bench import restart as restarts
-from prime_async.bench.exchange import ExchangeBench, measure
+from prime_async.bench.exchange import GROUPS, ExchangeBench, measure
 from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, ChunkElements, Flag, Json, Repetitions
 from prime_async.cli.report import report
@@ -56,7 +56,7 @@ def exchange(
     chunk_elements
         Elements per chunk, a multiple of 256: as run.exchange.chunk_elements.
     plain
-        Only without encryption; otherwise both.
+        Without the group that is encrypted.
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
@@ -188,9 +188,11 @@ async def _measure(bench: ExchangeBench, plain: bool, console: Console) -> dict[
     with single_errors():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_interrupt_on_sigterm)
-            for name in ("plain",) if plain else ("plain", "encrypted"):
+            for name, group in GROUPS.items():
+                if plain and group.encrypt:
+                    continue
                 console.print(f"{name}: {bench.nodes} x {bench.mib} MiB, {bench.iterations} iterations ...")
-                result[name] = await measure(bench, encrypt=name == "encrypted")
+                result[name] = await measure(bench, group)
             nursery.cancel_scope.cancel()
     return result
 
@@ -202,7 +204,7 @@ async def _interrupt_on_sigterm() -> None:
 
 
 def _modes(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, result[name]) for name in ("plain", "encrypted") if name in result]
+    return [(name, result[name]) for name in GROUPS if name in result]
 
 
 def _table(result: dict[str, Any]) -> Table:
