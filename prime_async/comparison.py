@@ -31,6 +31,7 @@ from prime_async.machines.vocabulary import (
     Machine,
     Send,
     StateAt,
+    Tell,
     ViewChanged,
     WakeAt,
 )
@@ -127,8 +128,11 @@ def _answer(machine: Machine, record: LogRecord) -> tuple[Effect, ...] | None:
 def landmarks(log: MessageLog) -> dict[Name, Value]:
     """What nodes of a run agree on, as this log first has it, in its order."""
     found: dict[Name, Value] = {}
+    actors = log.header.machines.build().keys()
     for call in calls_of(log):
-        for name, value in chain(_of_event(call.record.event), *map(_of_effect, call.effects or ())):
+        # What a machine tells one that the node does not have is no event: of a group without rounds, its views.
+        effects = [e for e in call.effects or () if not isinstance(e, Tell) or e.actor not in actors]
+        for name, value in chain(_of_event(call.record.event), *map(_of_effect, effects)):
             found.setdefault(name, value)
     return found
 
@@ -153,6 +157,8 @@ def _of_effect(effect: Effect) -> Iterator[tuple[Name, Value]]:
     match effect:
         case Send(message=Plan() as plan):
             yield Name("plan", plan.round, plan.epoch, plan.attempt), plan
+        case Tell(event=event):
+            yield from _of_event(event)
         case _:
             pass
 
@@ -263,11 +269,16 @@ def _relative(call: Call) -> list[bytes] | None:
 def _settings_that_differ(words: Words, first: MessageLog, second: MessageLog) -> str:
     a, b = first.header.machines, second.header.machines
     differing = [
-        f"{name}.{field}: {ours} and {theirs}"
-        for name in a.__struct_fields__
-        for field, ours, theirs in words.differences(getattr(a, name), getattr(b, name))
+        line for name in a.__struct_fields__ for line in _differences(words, name, getattr(a, name), getattr(b, name))
     ]
     return f"\nthey were made with different settings: {'; '.join(differing)}" if differing else ""
+
+
+def _differences(words: Words, name: str, ours: Struct | None, theirs: Struct | None) -> list[str]:
+    """Of the settings of one machine, which a node need not have."""
+    if ours is None or theirs is None:
+        return [] if ours is theirs else [f"{name}: there in one of them alone"]
+    return [f"{name}.{field}: {a} and {b}" for field, a, b in words.differences(ours, theirs)]
 
 
 def _call_row(words: Words, actor: ActorName, ours: list[Call], theirs: list[Call], number: int) -> Row:

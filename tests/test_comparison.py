@@ -116,6 +116,16 @@ def test_logs_of_two_runs_are_refused(logs: Path) -> None:
 # --- two recordings of one node -------------------------------------------------------------------------------------
 
 
+def test_a_machine_that_one_recording_alone_has_is_named(logs: Path) -> None:
+    """Given a log, and it without its training, then the comparison says so; without it in both, nothing."""
+    log = read_log(logs / "n0.log")
+    header = replace(log.header, machines=replace(log.header.machines, training=None))
+    without = MessageLog(header, tuple(r for r in log.records if r.actor != "training"), 0)
+
+    assert "different settings: training: there in one of them alone" in compare(log, without).what
+    assert "settings" not in compare(without, without).what
+
+
 def test_a_seed_that_is_run_twice_gives_recordings_that_do_not_part(logs: Path, tmp_path: Path) -> None:
     again = simulate(tmp_path / "again", 3)
 

@@ -17,6 +17,7 @@ import pytest
 import trio
 
 import prime_async.guest
+from prime_async.comparison import compare
 from prime_async.config.schema import Config
 from prime_async.config.template import node_toml
 from prime_async.errors import ConfigError, LocalError, RefusedError
@@ -148,6 +149,9 @@ async def test_a_leader_that_dies_is_replaced_under_a_higher_epoch(place: Place)
             await has(group, 1, 2, 0)
         assert first.in_touch
     assert all(place.replayed(n) > 30 for n in range(3))
+    found = compare(*(read_log(place.directory / f"n{n}.log") for n in (1, 2)))
+    assert not found.part
+    assert "views" in found.verdict
 
 
 async def until_elected(group: Group) -> AsyncIterator[object]:
@@ -350,11 +354,12 @@ class Program:
 
 
 @asynccontextmanager
-async def program(home: Path, config: Config) -> AsyncIterator[Program]:
+async def program(home: Path, config: Config, file: str, *arguments: str) -> AsyncIterator[Program]:
+    """``file``: of README's, in ``home``. It is killed at the end of the block."""
     path = home / config.node.name / "node.toml"
     path.write_text(node_toml(config), encoding="utf-8")
     process = await trio.lowlevel.open_process(
-        [sys.executable, "-u", str(home / "members.py"), str(path)],
+        [sys.executable, "-u", str(home / file), str(path), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -387,14 +392,16 @@ async def test_members_in_processes_that_are_killed_are_gone_within_the_failure_
 
     with trio.fail_after(100):
         async with AsyncExitStack() as stack:
-            leader = await stack.enter_async_context(program(tmp_path, configs[0]))
+            leader = await stack.enter_async_context(program(tmp_path, configs[0], "members.py"))
             contact = await leader.until("I am ")
             at_leader = [
                 config.model_copy(update={"node": config.node.model_copy(update={"join": (contact,)})})
                 for config in configs[1:]
             ]
             here = await stack.enter_async_context(open_membership(at_leader[0]))
-            one, two = [await stack.enter_async_context(program(tmp_path, config)) for config in at_leader[1:]]
+            one, two = [
+                await stack.enter_async_context(program(tmp_path, config, "members.py")) for config in at_leader[1:]
+            ]
             changes = here.changes()
             await until_here(changes, "leader", "here", "one", "two")
             await all_vote(here)
