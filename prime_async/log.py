@@ -27,6 +27,7 @@ from prime_async.machines.checkpoint import Checkpoint, CheckpointSettings
 from prime_async.machines.exchange import Exchange, ExchangeSettings
 from prime_async.machines.membership import Membership, MembershipSettings
 from prime_async.machines.own import Hosted, OwnActor
+from prime_async.machines.sharing import Sharing, SharingSettings
 from prime_async.machines.training import Training, TrainingSettings
 from prime_async.machines.vocabulary import MACHINES, OWN, ActorName, Effect, Event, Machine
 from prime_async.messages import OwnName, encode
@@ -44,13 +45,15 @@ MOST_REORDERED = 5
 class MachineSettings(Struct, frozen=True, kw_only=True):
     """What the machines of a node are made with: with the events, all that a replay needs.
 
-    A node of a run has all four; one of a group without rounds has membership alone.
+    A node of a run has the first four; one of a group without rounds has membership, and, if it shares files,
+    ``sharing`` as the machine of its checkpoint actor.
     """
 
     membership: MembershipSettings
     exchange: ExchangeSettings | None = None
     checkpoint: CheckpointSettings | None = None
     training: TrainingSettings | None = None
+    sharing: SharingSettings | None = None
 
     def build(self) -> dict[ActorName, Machine]:
         """Fresh machines."""
@@ -61,6 +64,8 @@ class MachineSettings(Struct, frozen=True, kw_only=True):
             machines["checkpoint"] = Checkpoint(self.checkpoint)
         if self.training is not None:
             machines["training"] = Training(self.training)
+        if self.sharing is not None:
+            machines["checkpoint"] = Sharing(self.sharing)
         return machines
 
 

@@ -650,7 +650,19 @@ class Record(Struct, frozen=True, kw_only=True, tag_field="t", tag="record"):
     included: tuple[Included, ...]
 
 
-Payload: TypeAlias = Record | Manifest
+class FileManifest(Struct, frozen=True, kw_only=True, tag_field="t", tag="file"):
+    """What a file of ``size`` bytes is, in a group that shares files.
+
+    Its chunks have ``chunk_bytes`` each, the last perhaps less. ``chunks``: their digests, 32 bytes each, in order. The
+    BLAKE3 of this manifest's encoding names the file.
+    """
+
+    size: Count
+    chunk_bytes: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    chunks: bytes
+
+
+Payload: TypeAlias = Record | Manifest | FileManifest
 """What is encoded in payloads of the bulk plane. (As one of a union: a type alone would be read without its tag.)"""
 
 
@@ -743,6 +755,14 @@ def next_chain(chain: bytes, state: bytes, digest: bytes) -> bytes:
 def state_digest(round: int, chunk_digests: bytes) -> bytes:
     """Of the outer state after ``round`` rounds whose chunks have these digests, 32 bytes each, in chunk order."""
     return blake3(round.to_bytes(8, "little") + chunk_digests).digest()
+
+
+def file_number(digest: bytes) -> int:
+    """Stands for the round in the keys of a file's manifest and chunks: from 1 to 2^63 - 1, of its digest.
+
+    The first 8 bytes, little-endian, without the last bit; 1 for 0. It finds the manifest, which the digest proves.
+    """
+    return int.from_bytes(digest[:8], "little") >> 1 or 1
 
 
 def bitmap(positions: list[int] | tuple[int, ...]) -> bytes:

@@ -77,6 +77,8 @@ EVENTS: Final[Mapping[type[Struct], str]] = {
     v.ChunkStored: "{key} is on disk",
     v.RoundStored: "the means of round {round} are on disk, with their record",
     v.SnapshotStored: "snapshot {round} is on disk",
+    v.FetchFile: "get the file {digest}",
+    v.LeaveFile: "the file {digest} is not wanted any more",
     v.LedgerFailed: "the disk failed for round {round}[, {damaged}where bytes are damaged]: {text}",
 }
 
@@ -189,7 +191,7 @@ class Words:
     def learn(self, event: v.Event) -> None:
         """Nodes that ``event`` tells of are called by their names from now on."""
         match event:
-            case v.ViewChanged(view=view):
+            case v.ViewChanged(view=view) | v.Heard(message=m.Welcome(view=view) | m.ViewUpdate(view=view)):
                 self._names |= {member.id: member.name for member in view.members}
             case v.Heard(message=m.Hello(member=member)):
                 self._names[member.id] = member.name

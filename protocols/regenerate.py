@@ -59,6 +59,7 @@ from prime_async.machines.vocabulary import (
     Event,
     Fetched,
     FetchFailed,
+    FetchFile,
     FetchState,
     FoundUnusable,
     Halt,
@@ -66,6 +67,7 @@ from prime_async.machines.vocabulary import (
     Heard,
     Imported,
     Leave,
+    LeaveFile,
     LedgerAt,
     LedgerFailed,
     LetIn,
@@ -110,6 +112,7 @@ from prime_async.messages import (
     Commit,
     Departed,
     Figures,
+    FileManifest,
     Found,
     Get,
     Goodbye,
@@ -155,6 +158,7 @@ from prime_async.messages import (
     Withdraw,
     bitmap,
     encode,
+    file_number,
     next_chain,
     positions,
 )
@@ -600,6 +604,9 @@ def ledger_payload_cases() -> list[tuple[str, Any]]:
         ("manifest", Manifest(round=12, chunks=chunks, commit=COMMIT)),
         ("manifest_of_the_first_state", Manifest(round=0, chunks=chunks)),
         ("manifest_most", Manifest(round=MOST, chunks=D2 * 64, commit=FULL_COMMIT)),
+        ("file", FileManifest(size=2500, chunk_bytes=1024, chunks=chunks)),
+        ("file_of_nothing", FileManifest(size=0, chunk_bytes=1024, chunks=b"")),
+        ("file_most", FileManifest(size=MOST, chunk_bytes=MOST, chunks=D2)),
         ("record", RECORD),
         ("record_of_no_chunks", Record(commit=COMMIT, previous=D0, means=b"", included=())),
         (
@@ -929,6 +936,7 @@ def bulk_rejects() -> list[tuple[str, str, bytes, bool]]:
 
 def ledger_payload_rejects() -> list[tuple[str, str, bytes, bool]]:
     manifest = Manifest(round=12, chunks=D0, commit=COMMIT)
+    file = FileManifest(size=1, chunk_bytes=1, chunks=D0)
     included = msgspec.to_builtins(RECORD.included[0], builtin_types=(bytes,))
     return [
         ("message", "a heartbeat's place is the other plane", encode(HeartbeatAck(epoch=1, view=1)), False),
@@ -949,6 +957,8 @@ def ledger_payload_rejects() -> list[tuple[str, str, bytes, bool]]:
             changed(RECORD, included=[included | {"contributors": bytes(8193)}]),
             False,
         ),
+        ("file_of_endless_chunks", "chunks of no bytes", changed(file, chunk_bytes=0), False),
+        ("file_without_a_size", "how long is it?", changed(file, size="LEFT OUT"), False),
         ("manifest_without_chunks", "nothing to verify with", changed(manifest, chunks="LEFT OUT"), False),
         ("chunks_are_text", "digests are bytes", changed(manifest, chunks="00" * 32), False),
         ("keys_not_sorted", "keys out of order", b"\xa3" + T + b"\x68manifest\x66chunks\x40\x65round\x00", True),
@@ -1120,6 +1130,8 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("training", Saved(path="/srv/prime/outer-state.safetensors")),
         ("membership", LetIn(peer=C, key=B, name="bert", invited=True)),
         ("membership", LetIn(peer=C, key=B, name="bert", invited=True, refusal="the invitation has expired")),
+        ("checkpoint", FetchFile(digest=D1)),
+        ("checkpoint", LeaveFile(digest=D1)),
     ]
 
 
@@ -1491,7 +1503,27 @@ def digest_vectors() -> dict[str, Any]:
         ],
         "view_after": change_vectors(),
         "quorum": quorum_vectors(),
+        "file": file_vectors(),
     }
+
+
+def file_vectors() -> list[dict[str, Any]]:
+    """Bytes, their manifest, the digest that names them, and the number that finds the manifest."""
+    vectors = []
+    for data in (b"", b"x", bytes(range(250)) * 10):
+        chunks = b"".join(blake3(data[at : at + 1024]).digest() for at in range(0, len(data), 1024))
+        manifest = encode(FileManifest(size=len(data), chunk_bytes=1024, chunks=chunks))
+        digest = blake3(manifest).digest()
+        vectors.append(
+            {
+                "payload_hex": data.hex(),
+                "chunk_bytes": 1024,
+                "manifest_cbor_hex": manifest.hex(),
+                "digest_hex": digest.hex(),
+                "number": file_number(digest),
+            }
+        )
+    return vectors
 
 
 def state_vector(round: int, chunk_elements: int) -> dict[str, Any]:

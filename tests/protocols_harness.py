@@ -15,7 +15,7 @@ from pycddl import Schema, ValidationError
 
 from prime_async.ledger.means_format import Contents, Settled
 from prime_async.machines.vocabulary import Event
-from prime_async.messages import DIGEST_BYTES, BulkHeader, Manifest, Message, Record
+from prime_async.messages import DIGEST_BYTES, BulkHeader, FileManifest, Manifest, Message, Record
 
 V1: Final = Path(__file__).parent.parent / "protocols" / "v1"
 MOST: Final = 2**63 - 1
@@ -33,7 +33,7 @@ FILES: Final[dict[PlaneName, tuple[str, ...]]] = {
 KINDS: Final[dict[PlaneName, Any]] = {
     "control": Message,
     "bulk": BulkHeader,
-    "records": Manifest | Record,
+    "records": Manifest | Record | FileManifest,
     "ledger": Contents | Settled,
 }
 ROOTS: Final[dict[PlaneName, str]] = {
@@ -67,6 +67,7 @@ VALID: Final[dict[str, dict[str, Any]]] = {
     "exchange-settings": {"me": "a", "chunk_count": 0},
     "checkpoint-settings": {"me": "a", "chunk_count": 0},
     "training-settings": {"me": "a", "inner_steps": 0},
+    "sharing-settings": {"me": "a"},
     "view": {
         "lineage": bytes(32),
         "epoch": 0,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from prime_async.errors import LogFormatError
 from prime_async.log import LOG_VERSION, LogHeader, LogRecord, LogWriter, MachineSettings, read_log, replay
+from prime_async.machines.sharing import Sharing
 from prime_async.machines.vocabulary import MACHINES, ActorName, Event
 from prime_async.messages import encode
 from prime_async.testing import Simulation, SimulationSettings
@@ -133,7 +134,7 @@ def test_unknown_fields_in_a_log_are_ignored(tmp_path: Path) -> None:
 def test_settings_with_a_default_may_be_missing_from_a_log(tmp_path: Path) -> None:
     header = cbor2.loads(bytes_of(ITEMS[0]))
     kept: dict[str, dict[str, Any]] = {}
-    for name, given_settings in header["machines"].items():
+    for name, given_settings in ((n, s) for n, s in header["machines"].items() if s is not None):
         required = {f.name for f in fields_of_settings(name) if f.required}
         kept[name] = {k: v for k, v in given_settings.items() if k in required}
     path = tmp_path / "log"
@@ -153,6 +154,19 @@ def test_machines_that_a_node_does_not_have_may_be_missing_from_a_log(tmp_path: 
 
         assert read_log(path).header.machines.build().keys() == {"membership"}
         assert validate("log", path.read_bytes(), closed=True) is None
+
+
+def test_a_node_that_shares_files_has_another_machine_for_its_checkpoint_actor(tmp_path: Path) -> None:
+    header = cbor2.loads(bytes_of(ITEMS[0]))
+    machines = {"membership": header["machines"]["membership"], "sharing": {"me": "n0"}}
+    path = tmp_path / "log"
+    path.write_bytes(cbor2.dumps(header | {"machines": machines}, canonical=True))
+
+    built = read_log(path).header.machines.build()
+
+    assert built.keys() == {"membership", "checkpoint"}
+    assert isinstance(built["checkpoint"], Sharing)
+    assert validate("log", path.read_bytes(), closed=True) is None
 
 
 def fields_of_settings(name: str) -> tuple[mi.Field, ...]:

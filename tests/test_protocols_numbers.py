@@ -16,6 +16,7 @@ from prime_async.config.schema import OuterSettings, RunSpec
 from prime_async.config.spec import flatten, run_id
 from prime_async.errors import ConfigError, NonFiniteError, StorageError
 from prime_async.ledger import BallotFile, StoredBallot
+from prime_async.ledger.contents import BytesContent, manifest_digest, read_manifest
 from prime_async.log import effects_digest
 from prime_async.machines.ballot import Ballot, apply_change, is_quorum, view_digest
 from prime_async.machines.owners import assign
@@ -32,6 +33,7 @@ from prime_async.messages import (
     bitmap,
     decode,
     encode,
+    file_number,
     next_chain,
     state_digest,
 )
@@ -234,6 +236,17 @@ def test_the_digest_of_a_view_is_the_golden_one_and_names_it_in_the_next() -> No
         assert blake3(data).digest() == view_digest(view) == bytes.fromhex(case["digest_hex"])
         assert view.previous == previous
         previous = view_digest(view)
+
+
+@pytest.mark.parametrize("case", DIGESTS["file"], ids=lambda c: f"{len(c['payload_hex']) // 2} bytes")
+def test_the_name_and_number_of_a_file_are_the_golden_ones(case: dict[str, Any]) -> None:
+    content = BytesContent(bytes.fromhex(case["payload_hex"]), case["chunk_bytes"])
+    data, digest = bytes.fromhex(case["manifest_cbor_hex"]), bytes.fromhex(case["digest_hex"])
+
+    assert encode(content.manifest) == data
+    assert manifest_digest(content.manifest) == digest
+    assert read_manifest(data, digest, case["chunk_bytes"]) == content.manifest
+    assert file_number(digest) == case["number"]
 
 
 @pytest.mark.parametrize("case", DIGESTS["view_after"], ids=range(len(DIGESTS["view_after"])))

@@ -35,12 +35,15 @@ def is_full(error: OSError) -> bool:
 
 
 @contextmanager
-def translated(path: Path, failure: str) -> Iterator[None]:
-    """Inside, the file system's errors become :class:`StorageError`: "PATH: ``failure``: the reason"."""
+def translated(path: Path, failure: str, place: str = "node.directory") -> Iterator[None]:
+    """Inside, the file system's errors become :class:`StorageError`: "PATH: ``failure``: the reason".
+
+    ``place``: what the user has chosen, and may choose otherwise.
+    """
     try:
         yield
     except OSError as error:
         reason = f"{path}: {failure}: {error.strerror or error}"
         if is_full(error):
-            raise DiskFullError(f"{reason}; make room, or choose a node.directory on another disk") from error
-        raise StorageError(f"{reason}; look after the disk and the rights on node.directory") from error
+            raise DiskFullError(f"{reason}; make room, or choose a {place} on another disk") from error
+        raise StorageError(f"{reason}; look after the disk and the rights on {place}") from error

@@ -388,6 +388,26 @@ class StateSaved(Struct, frozen=True, kw_only=True, tag="state_saved"):
     path: str
 
 
+class FileFetched(Struct, frozen=True, kw_only=True, tag="file_fetched"):
+    """The file of this ``digest``, hexadecimal, is here, whole.
+
+    So many bytes of it came, from ``providers`` members; the rest was here.
+    """
+
+    digest: str
+    fetched_bytes: int
+    providers: int
+    seconds: float
+
+
+class FileNowhere(Struct, frozen=True, kw_only=True, tag="file_nowhere"):
+    """No member that is here has the file of this ``digest``, hexadecimal. It is waited for."""
+
+    digest: str
+    members: int
+    seconds: float
+
+
 class PeerDropped(Struct, frozen=True, kw_only=True, tag="peer_dropped"):
     """A peer broke the protocol."""
 
@@ -406,6 +426,6 @@ Fact: TypeAlias = (
     | ContributorLeftOut | ContributionRejected | RoundCommitted
     | RoundFinished | RoundIgnored | NonFiniteProgress
     | LedgerRestored | CatchUpStarted | CaughtUp | StateMended | SnapshotWritten | LedgerTrouble
-    | RemoteCopied | RemoteCopyFailed | StateSaved | PeerDropped
+    | RemoteCopied | RemoteCopyFailed | StateSaved | FileFetched | FileNowhere | PeerDropped
 )  # fmt: skip
 """Everything that ``node.events`` can give."""

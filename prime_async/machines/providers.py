@@ -185,6 +185,14 @@ class Download:
     def _asked(self) -> list[tuple[ChunkKey, str]]:
         return [(key, peer) for key, peers in self.under_way.items() for peer in peers]
 
+    def forget(self, round: int, out: list[Effect]) -> None:
+        """What is of ``round``."""
+        for key, peer in [(k, p) for k, p in self._asked if k.round == round]:
+            out.append(CancelFetch(peer=peer, key=key))
+            self._ended(peer, key)
+        self.waiting = deque(key for key in self.waiting if key.round != round)
+        self.wanted = {key for key in self.wanted if key.round != round}
+
     def give_up(self, out: list[Effect]) -> None:
         """All of it."""
         if self.under_way:

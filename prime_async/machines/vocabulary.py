@@ -373,6 +373,18 @@ class LedgerFailed(Struct, frozen=True, kw_only=True, tag="ledger_failed"):
     text: str
 
 
+class FetchFile(Struct, frozen=True, kw_only=True, tag="fetch_file"):
+    """Get the file whose manifest has this digest, and its chunks."""
+
+    digest: bytes
+
+
+class LeaveFile(Struct, frozen=True, kw_only=True, tag="leave_file"):
+    """The file of this digest is not wanted any more."""
+
+    digest: bytes
+
+
 class Told(Struct, frozen=True, kw_only=True, tag="told"):
     """To a user's own actor, from this node's program. ``body``: an event of its own kinds, encoded."""
 
@@ -385,7 +397,7 @@ Event: TypeAlias = (
     | Rejected | ContributionTaken | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured
     | Encoded | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
     | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
-    | SnapshotStored | LedgerFailed | LetIn | Told
+    | SnapshotStored | LedgerFailed | FetchFile | LeaveFile | LetIn | Told
 )  # fmt: skip
 """Everything that can happen to a machine."""
 
