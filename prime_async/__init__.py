@@ -2,7 +2,8 @@
 
 ``prime_async.open_node(config)`` runs a node inside a trio program; the command ``prime-async`` does the same.
 ``prime_async.open_exchange(config, elements)`` averages tensors among friends, and nothing else;
-``prime_async.open_membership(config)`` agrees with others on who is there.
+``prime_async.open_membership(config)`` agrees with others on who is there; ``prime_async.open_checkpoint(config)`` gets
+files from many of them at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from prime_async.errors import PrimeAsyncError
 if TYPE_CHECKING:
     from prime_async.config.load import load_config, parse_config
     from prime_async.config.schema import Config
-    from prime_async.node import Change, Friends, Group, Node, open_exchange, open_membership, open_node
+    from prime_async.node import (
+        Change,
+        Friends,
+        Group,
+        Node,
+        Shelf,
+        open_checkpoint,
+        open_exchange,
+        open_membership,
+        open_node,
+    )
 
 __all__ = [
     "Change",
@@ -23,7 +34,9 @@ __all__ = [
     "Group",
     "Node",
     "PrimeAsyncError",
+    "Shelf",
     "load_config",
+    "open_checkpoint",
     "open_exchange",
     "open_membership",
     "open_node",
@@ -36,7 +49,9 @@ _HOMES = {
     "Friends": "prime_async.node",
     "Group": "prime_async.node",
     "Node": "prime_async.node",
+    "Shelf": "prime_async.node",
     "load_config": "prime_async.config.load",
+    "open_checkpoint": "prime_async.node",
     "open_exchange": "prime_async.node",
     "open_membership": "prime_async.node",
     "open_node": "prime_async.node",

@@ -258,7 +258,7 @@ def test_the_pages_name_events_and_fields_that_there_are() -> None:
     known |= {s.key.rpartition(".")[2] for table in tables() for s in table.settings}
     known |= {choice for table in tables() for s in table.settings for choice in s.choices}
     known |= set(re.findall(r"log\.info\(\"([a-z_]+)\"", (ROOT / "prime_async/cli/run.py").read_text()))
-    known |= {"open_exchange", "open_membership"}
+    known |= {"open_checkpoint", "open_exchange", "open_membership"}
 
     for name in page_names():
         words = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", read_page(name)))

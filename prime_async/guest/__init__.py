@@ -4,6 +4,7 @@ trio runs as a guest of asyncio's loop, in the same thread; see :mod:`prime_asyn
 loop on Linux; uvloop and Windows are not tested.
 """
 
+from prime_async.guest.checkpoint import GuestShelf, open_checkpoint
 from prime_async.guest.exchange import GuestFriends, open_exchange
 from prime_async.guest.membership import GuestGroup, open_membership
 from prime_async.guest.node import GuestEvents, GuestNode, open_node
@@ -14,7 +15,9 @@ __all__ = [
     "GuestFriends",
     "GuestGroup",
     "GuestNode",
+    "GuestShelf",
     "GuestStream",
+    "open_checkpoint",
     "open_exchange",
     "open_membership",
     "open_node",

@@ -6,17 +6,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prime_async.node.changes import Change
+    from prime_async.node.checkpoint import Shelf, open_checkpoint
     from prime_async.node.exchange import Friends, open_exchange
     from prime_async.node.membership import Group, open_membership
     from prime_async.node.node import Node, open_node
 
-__all__ = ["Change", "Friends", "Group", "Node", "open_exchange", "open_membership", "open_node"]
+__all__ = [
+    "Change",
+    "Friends",
+    "Group",
+    "Node",
+    "Shelf",
+    "open_checkpoint",
+    "open_exchange",
+    "open_membership",
+    "open_node",
+]
 
 _HOMES = {
     "Change": "prime_async.node.changes",
     "Friends": "prime_async.node.exchange",
     "Group": "prime_async.node.membership",
     "Node": "prime_async.node.node",
+    "Shelf": "prime_async.node.checkpoint",
+    "open_checkpoint": "prime_async.node.checkpoint",
     "open_exchange": "prime_async.node.exchange",
     "open_membership": "prime_async.node.membership",
     "open_node": "prime_async.node.node",

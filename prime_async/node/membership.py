@@ -10,29 +10,32 @@ from __future__ import annotations
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import structlog
 import trio
 
 from prime_async.actors.groups import single_errors
 from prime_async.actors.membership import MembershipActor
-from prime_async.config.schema import Config, RunSpec
+from prime_async.actors.runner import Runner
+from prime_async.config.schema import Config, ExchangeSettings, RunSpec
 from prime_async.config.spec import run_id
 from prime_async.errors import ChunkUnavailableError, PrimeAsyncError
 from prime_async.ledger import BallotFile
 from prime_async.log import LogWriter, MachineSettings
 from prime_async.machines.facts import Fact
+from prime_async.machines.leadership import MembershipSettings
 from prime_async.machines.membership import Membership
 from prime_async.machines.own import OwnActor
-from prime_async.machines.vocabulary import Fail, Leave, StateAt
+from prime_async.machines.sharing import SharingSettings
+from prime_async.machines.vocabulary import ActorName, Fail, Leave, StateAt
 from prime_async.messages import DIGEST_BYTES, FIRST_CHAIN, ChunkKey, View
 from prime_async.node.allow import AllowList
 from prime_async.node.build import RECORD_BYTES, allow_list, membership_settings, open_transport, record_path
 from prime_async.node.changes import Changes
 from prime_async.node.events import EventStream
 from prime_async.node.switchboard import Performer, Switchboard, failure_of, log_fact
-from prime_async.transport.base import Chunk, Traffic, Transport
+from prime_async.transport.base import Chunk, Provider, Traffic, Transport
 
 log = structlog.get_logger(__name__)
 
@@ -45,12 +48,20 @@ NO_STATE: Final = StateAt(round=0, digest=bytes(DIGEST_BYTES), chain=FIRST_CHAIN
 class Group:
     """The members of a group, as one of them sees them. Made by :func:`open_membership`."""
 
-    def __init__(self, config: Config, transport: Transport, allow: AllowList, actors: Sequence[OwnActor] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        transport: Transport,
+        allow: AllowList,
+        actors: Sequence[OwnActor] = (),
+        files: Sharer | None = None,
+    ) -> None:
         self.config = config
         self.events = EventStream()
         """What happened, and what goes wrong, in detail."""
         self._transport = transport
         self._allow = allow
+        self._files = files
         self._log = log.bind(node=config.node.name or transport.id[:8])
         self._switchboard = Switchboard(transport, allow, self._log, actors, self._on_view)
         self._membership: Membership | None = None
@@ -151,6 +162,8 @@ class Group:
     def _finish(self) -> None:
         self._finished.set()
         self.events.close()
+        if self._files is not None:
+            self._files.close()
         for stream in self._readers:
             stream.close()
 
@@ -171,9 +184,14 @@ class Group:
             fail=self._fail,
             finish=self._finish,
         )
-        performers: dict[str, Performer] = {"membership": membership}
+        performers: dict[ActorName, Performer] = {"membership": membership}
+        if self._files is None:
+            self._transport.serve(NothingToGive())
+        else:
+            runner = self._switchboard.runners["checkpoint"]
+            performers["checkpoint"] = self._files.start(self._transport, nursery, runner)
+            self._transport.serve(self._files)
         self._switchboard.start(nursery, performers)
-        self._transport.serve(NothingToGive())
         self._switchboard.post("membership", NO_STATE)
 
     async def _close(self) -> None:
@@ -183,6 +201,22 @@ class Group:
                 await self._finished.wait()
 
 
+class Sharer(Provider, Protocol):
+    """What shares files in a group, beside membership."""
+
+    def settings(self, membership: MembershipSettings) -> SharingSettings:
+        """What its machine is made with."""
+        ...
+
+    def start(self, transport: Transport, nursery: trio.Nursery, runner: Runner) -> Performer:
+        """The actor of that machine. ``runner``: of the machine."""
+        ...
+
+    def close(self) -> None:
+        """The member leaves, or has left. Idempotent."""
+        ...
+
+
 class NothingToGive:
     """A :class:`~prime_async.transport.base.Provider` without chunks."""
 
@@ -190,16 +224,13 @@ class NothingToGive:
         raise ChunkUnavailableError(f"{key} is not served here: this is a group without tensors or files")
 
 
-def of_group(config: Config, kind: str) -> Config:
-    """``config`` with what counts in a group of this ``kind``; the group's id depends on nothing else."""
+def of_group(config: Config, kind: str, chunk_elements: int | None = None) -> Config:
+    """``config`` with what counts in a group of this ``kind``; the group's id depends on nothing else of ``run``."""
     run = config.run
-    return config.model_copy(
-        update={
-            "run": RunSpec(
-                name=run.name, model=kind, heartbeat_s=run.heartbeat_s, failure_timeout_s=run.failure_timeout_s
-            )
-        }
-    )
+    spec = RunSpec(name=run.name, model=kind, heartbeat_s=run.heartbeat_s, failure_timeout_s=run.failure_timeout_s)
+    if chunk_elements is not None:
+        spec = spec.model_copy(update={"exchange": ExchangeSettings(chunk_elements=chunk_elements)})
+    return config.model_copy(update={"run": spec})
 
 
 @asynccontextmanager
@@ -220,14 +251,22 @@ async def open_membership(
     begun, and one of these is raised: :class:`ConfigError`, :class:`AddressInUseError`, :class:`RefusedError`,
     :class:`StorageError`. While no member of ``node.join`` answers it waits, and says so in the log.
     """
-    config = of_group(config, "members")
+    config, allow = of_group(config, "members"), allow_list(config.node)
     async with AsyncExitStack() as stack:
-        allow = allow_list(config.node)
         if transport is None:
             transport = await stack.enter_async_context(open_transport(config.node, RECORD_BYTES, allow))
-        group = Group(config, transport, allow, actors)
+        yield await stack.enter_async_context(open_group(Group(config, transport, allow, actors)))
+
+
+@asynccontextmanager
+async def open_group(group: Group) -> AsyncIterator[Group]:
+    """Be the member that ``group`` is, for as long as the block lasts."""
+    config, transport, files = group.config, group._transport, group._files
+    async with AsyncExitStack() as stack:
         ballot = await trio.to_thread.run_sync(group._ballots.load)
-        settings = MachineSettings(membership=membership_settings(config, transport, ballot, rounds=False))
+        membership = membership_settings(config, transport, ballot, rounds=False)
+        sharing = files.settings(membership) if files is not None else None
+        settings = MachineSettings(membership=membership, sharing=sharing)
         recorder = None
         record_to = record_path(config, group.id)
         if record_to is not None:

@@ -21,6 +21,7 @@ from prime_async.machines.facts import (
     ContributorLeftOut,
     CutOff,
     Fact,
+    FileNowhere,
     HelloRefused,
     InnerStepDone,
     KeyDenied,
@@ -62,7 +63,7 @@ from prime_async.transport.base import Denied, Notice, Reachable, Received, Tran
 WARNINGS = (
     ContributionRejected, ContributorLeftOut, HelloRefused, KeyDenied, MemberLost, NonFiniteProgress, PeerDropped,
     RoundIgnored, SlowWake, StateDiverged, StillAsking, LeaderSilent, LedgerTrouble, RemoteCopyFailed, CutOff,
-    StateNowhere, SteppedDown,
+    StateNowhere, SteppedDown, FileNowhere,
 )  # fmt: skip
 
 
