@@ -8,13 +8,11 @@ from prime_async.config.schema import MAX_ROUND_STEPS
 from prime_async.machines.facts import ContributionReady, HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
 from prime_async.machines.training import MAX_NON_FINITE, MAX_STEPS, Training, TrainingSettings
 from prime_async.machines.vocabulary import (
-    Applied,
     Apply,
     AskAgain,
     Begin,
     ContributionFixed,
     ContributionTaken,
-    Effect,
     Encode,
     Encoded,
     Evaluate,
@@ -24,7 +22,6 @@ from prime_async.machines.vocabulary import (
     Halt,
     Halted,
     Leave,
-    MeansCommitted,
     Progress,
     Rejected,
     Restore,
@@ -33,7 +30,6 @@ from prime_async.machines.vocabulary import (
     Save,
     Saved,
     StateAt,
-    StepsDone,
     StopSteps,
     Tick,
     ViewChanged,
@@ -41,8 +37,7 @@ from prime_async.machines.vocabulary import (
 )
 from prime_async.messages import FIRST_CHAIN, MAX_TOKENS
 from tests.machine_harness import facts, member, of, told, view
-
-DIGEST = b"d" * 32
+from tests.training_harness import DIGEST, applied, done, give, means, seen
 
 
 def training(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1, seconds: float = 0.0) -> Training:
@@ -59,16 +54,6 @@ def training(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1, sec
     return node
 
 
-def give(node: Training, *events: Event) -> list[Effect]:
-    """The effects of all ``events``, one second apart."""
-    return [effect for i, event in enumerate(events) for effect in node.handle(1.0 + i, event)]
-
-
-def seen(*, active: bool = True, others: int = 1) -> ViewChanged:
-    peers = [member(f"m{i}") for i in range(others)]
-    return ViewChanged(view=view(2, *peers, member("n1", active=active)))
-
-
 def stepping(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1, seconds: float = 0.0) -> Training:
     node = training(rounds, evaluate_every, min_members, seconds)
     give(node, seen(others=min_members), Begin(round=0), Evaluated(loss=5.0))
@@ -76,23 +61,11 @@ def stepping(rounds: int = 0, evaluate_every: int = 0, min_members: int = 1, sec
     return node
 
 
-def done(steps: int = 10, tokens: int = 100) -> StepsDone:
-    return StepsDone(steps=steps, tokens=tokens, seconds=2.0)
-
-
 def exchanging(rounds: int = 0, min_members: int = 1) -> Training:
     node = stepping(rounds, min_members=min_members)
     give(node, done(), Encoded(round=0, finite=True))
     assert (node.phase, node.exchange) == ("idle", "offered")
     return node
-
-
-def means(round: int = 0, position: int = 1) -> MeansCommitted:
-    return MeansCommitted(round=round, position=position, chain=FIRST_CHAIN)
-
-
-def applied(round: int = 1) -> Applied:
-    return Applied(round=round, digest=DIGEST)
 
 
 # --- a round --------------------------------------------------------------------------------------------------------

@@ -7,23 +7,19 @@ import pytest
 from prime_async.machines.facts import NonFiniteProgress, RoundFinished
 from prime_async.machines.training import Training, TrainingSettings
 from prime_async.machines.vocabulary import (
-    Applied,
     Apply,
     Begin,
     Captured,
     ContributionFixed,
     ContributionTaken,
-    Effect,
     Encode,
     Encoded,
     Evaluate,
     Evaluated,
-    Event,
     GiveUp,
     Halt,
     Halted,
     Leave,
-    MeansCommitted,
     Merge,
     Merged,
     Restore,
@@ -31,24 +27,12 @@ from prime_async.machines.vocabulary import (
     RunSteps,
     Save,
     StateAt,
-    StepsDone,
     StopSteps,
     TakeBack,
-    ViewChanged,
 )
 from prime_async.messages import FIRST_CHAIN
-from tests.machine_harness import facts, member, of, told, view
-
-DIGEST = b"d" * 32
-
-
-def give(node: Training, *events: Event) -> list[Effect]:
-    """The effects of all ``events``, one second apart."""
-    return [effect for i, event in enumerate(events) for effect in node.handle(1.0 + i, event)]
-
-
-def seen(*, active: bool = True) -> ViewChanged:
-    return ViewChanged(view=view(2, member("m0"), member("n1", active=active)))
+from tests.machine_harness import facts, of, told
+from tests.training_harness import DIGEST, applied, done, give, means, seen
 
 
 def stepping(rounds: int = 0, evaluate_every: int = 0, fragments: int = 1) -> Training:
@@ -61,23 +45,11 @@ def stepping(rounds: int = 0, evaluate_every: int = 0, fragments: int = 1) -> Tr
     return node
 
 
-def done(steps: int = 10, tokens: int = 100) -> StepsDone:
-    return StepsDone(steps=steps, tokens=tokens, seconds=2.0)
-
-
 def offered(rounds: int = 0, round: int = 0) -> Training:
     """It has contributed, and steps towards the next contribution."""
     node = stepping(rounds)
     give(node, done(), Captured(round=round), Encoded(round=round, finite=True))
     return node
-
-
-def means(round: int = 0, position: int = 1) -> MeansCommitted:
-    return MeansCommitted(round=round, position=position, chain=FIRST_CHAIN)
-
-
-def applied(round: int = 1) -> Applied:
-    return Applied(round=round, digest=DIGEST)
 
 
 # --- a round --------------------------------------------------------------------------------------------------------
