@@ -200,14 +200,14 @@ async def until_received(shelf: Shelf, size: int) -> None:
 
 async def test_what_has_come_before_a_restart_is_not_fetched_again(place: Place, tmp_path: Path) -> None:
     """Given a fetch that ended half-way with its node, when the node is back, then the rest comes; and then nothing."""
-    path = tmp_path / "copy"
+    path, data = tmp_path / "copy", 4 * DATA
     with trio.fail_after(LIMIT_S):
         async with member(place, 0) as first:
-            name = await first.share(DATA)
+            name = await first.share(data)
             with trio.CancelScope() as life:
                 async with member(place, 1) as second, trio.open_nursery() as nursery:
                     nursery.start_soon(second.fetch, name, path)
-                    await until_received(second, len(DATA) // 2)
+                    await until_received(second, len(data) // 2)
                     life.cancel()
                     await trio.lowlevel.checkpoint()
             assert not path.exists()
@@ -215,14 +215,14 @@ async def test_what_has_come_before_a_restart_is_not_fetched_again(place: Place,
 
             async with member(place, 1) as second:
                 await second.fetch(name, path)
-                assert path.read_bytes() == DATA
+                assert path.read_bytes() == data
                 fact = await next_fact(second, FileFetched)
-                assert 0 < fact.fetched_bytes < 0.6 * len(DATA)
+                assert 0 < fact.fetched_bytes < 0.75 * len(data)  # a few chunks had come, and were not stored
 
                 sent = first.group.traffic.bulk_sent
                 await second.fetch(name, path)
                 await second.fetch(name, tmp_path / "another")
-                assert (tmp_path / "another").read_bytes() == DATA
+                assert (tmp_path / "another").read_bytes() == data
             async with member(place, 1) as second:
                 await second.fetch(name, path)
                 assert second._contents.numbers
