@@ -170,8 +170,8 @@ class Transport(Protocol):
         At most a fixed number of gets per peer is under way; further ones wait for their turn, first come first
         served. Raises :class:`ChunkUnavailableError` if the peer says it is gone, :class:`DeadlineError` after
         ``timeout_s`` seconds, :class:`PeerUnreachableError` if there is no connection to wait for, if none has stood
-        for some seconds, whoever dialled, if the peer is hung up meanwhile, or if it is shut out, and
-        :class:`ProtocolError` if what came is not what was asked for.
+        for some seconds, whoever dialled, or if the peer is hung up meanwhile, and :class:`ProtocolError` if what came
+        is not what was asked for, or if the peer is shut out.
         A connection that is lost and soon made again is no failure: the get is asked again. Cancellation abandons the
         request; a late answer is discarded.
         """

@@ -155,7 +155,7 @@ class _Client:
         self._drop(link)
         self._pump()
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: str, kind: type[PrimeAsyncError] = PeerUnreachableError) -> None:
         """Every get, queued or under way, fails."""
         calls = [*self._waiting, *self._under_way.values()]
         self._waiting.clear()
@@ -163,7 +163,7 @@ class _Client:
         self.links = dict.fromkeys(self.links, 0)
         for call in calls:
             self._withdraw(call)
-            call.finish(PeerUnreachableError(why))
+            call.finish(kind(why))
 
     def answered(self, id: int, outcome: _Outcome) -> None:
         """An answer came, wanted or not."""
@@ -356,7 +356,9 @@ class BulkPlane:
 
     def shut_out(self, peer: str) -> None:
         """The peer broke the protocol too often: gets of it and by it end."""
-        self._fail(peer, f"{peer} broke the protocol too often and is shut out")
+        client = self._clients.get(peer)
+        if client is not None:
+            client.fail(_why_shut_out(peer), ProtocolError)
         self._server.forget(peer)
 
     def link_up(self, peer: str, link: Link) -> None:
@@ -402,7 +404,7 @@ class BulkPlane:
     def _usable(self, peer: str) -> _Client:
         client = self._clients.get(peer)
         if self._inbox.is_shut_out(peer):
-            raise PeerUnreachableError(f"{peer} broke the protocol too often and is shut out")
+            raise ProtocolError(_why_shut_out(peer))  # and not unreachable: no other answer will ever come
         if client is None or not (client.dialled or client.links):
             raise PeerUnreachableError(f"no connection to {peer}: dial its bulk address first")
         if client.is_lost:
@@ -467,6 +469,10 @@ class BulkPlane:
         client = self._clients[peer]
         if not client.dialled and not client.links:
             del self._clients[peer]
+
+
+def _why_shut_out(peer: str) -> str:
+    return f"{peer} broke the protocol too often and is shut out"
 
 
 def _count_sent(inbox: Inbox, link: Link, header: bytes, payload: memoryview | None = None) -> Sent:
