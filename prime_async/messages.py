@@ -498,7 +498,7 @@ class Rate(Struct, frozen=True, kw_only=True):
 
 
 class Have(Struct, frozen=True, kw_only=True, tag_field="t", tag="have"):
-    """A member holds every mean of this attempt, safe from its crash.
+    """A member holds every mean of this attempt, ``safe`` from its crash; or, if its disk is full, in memory alone.
 
     ``digest`` is over the digests of all of them, in chunk order; ``state``: of the outer state that they are for.
     ``received_per_s``: bytes, what it took in while it fetched contributions, 0 if it fetched none; ``rates``: from
@@ -513,6 +513,7 @@ class Have(Struct, frozen=True, kw_only=True, tag_field="t", tag="have"):
     incarnation: Count
     received_per_s: Count = 0
     rates: Annotated[tuple[Rate, ...], Meta(max_length=64)] = ()
+    safe: bool = True
 
 
 class Unusable(Struct, frozen=True, kw_only=True, tag_field="t", tag="unusable"):

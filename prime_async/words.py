@@ -57,7 +57,7 @@ EVENTS: Final[Mapping[type[Struct], str]] = {
     v.Fetched: "{key} came from {peer}",
     v.FetchFailed: "{key} did not come from {peer}: {fault}",
     v.Reduced: "{key} is made[, without {left_out}]",
-    v.MeansStored: "the means of round {round}, ({epoch}, {attempt}), are on disk",
+    v.MeansStored: "the means of round {round}, ({epoch}, {attempt}), are [{safe}on disk]<in memory alone>",
     v.StepsDone: "{steps} inner steps are done, {tokens} tokens in {seconds}",
     v.Captured: "the local weights are noted for round {round}",
     v.Encoded: "the contribution to round {round} is encoded[, {finite}and finite]<, and not finite>",
@@ -156,7 +156,8 @@ MESSAGES: Final[Mapping[type[Struct], str]] = {
     m.Open: "I am at round {round} in epoch {epoch}[, and know of a plan: {plan}]",
     m.Ask: "which means of chunks {chunks} of round {round} do you hold? ({epoch}, {attempt}) asks",
     m.Held: "for round {round}, ({epoch}, {attempt}), I hold [{means}]<no means>",
-    m.Have: "I have all means of round {round}, ({epoch}, {attempt}): {digest} for state {state}",
+    m.Have: "I have all means of round {round}, ({epoch}, {attempt})[{safe}]<, in memory alone>: {digest} for state "
+    "{state}",
     m.Unusable: "of a chunk of mine nobody's contribution to round {round}, ({epoch}, {attempt}), can be used: "
     "{contributors}",
     m.Behind: "you are behind, the run is at round {round}",

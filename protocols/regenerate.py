@@ -533,6 +533,10 @@ def control_cases() -> list[tuple[str, Any]]:
             ),
         ),
         (
+            "have_in_memory_alone",
+            Have(round=12, epoch=1, attempt=0, state=D0, digest=D1, incarnation=1700000000000, safe=False),
+        ),
+        (
             "unusable",
             Unusable(round=12, epoch=1, attempt=2, contributors=bitmap([0, 9]), incarnation=1700000000000),
         ),
@@ -1118,6 +1122,7 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("exchange", Reduced(key=mean, info=of_mean)),
         ("exchange", Reduced(key=mean, info=of_mean, left_out=(C,))),
         ("exchange", MeansStored(round=12, epoch=1, attempt=2)),
+        ("exchange", MeansStored(round=12, epoch=1, attempt=2, safe=False)),
         ("training", MeansCommitted(round=12, position=1, chain=D1)),
         ("training", MeansCommitted(round=12, position=-1, chain=D1)),
         ("training", Applied(round=13, digest=D2)),

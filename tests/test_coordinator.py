@@ -89,6 +89,7 @@ class Leader:
         incarnation: int = 1,
         received_per_s: int = 0,
         rates: tuple[Rate, ...] = (),
+        safe: bool = True,
     ) -> list[Effect]:
         out: list[Effect] = []
         message = Have(
@@ -100,6 +101,7 @@ class Leader:
             incarnation=incarnation,
             received_per_s=received_per_s,
             rates=rates,
+            safe=safe,
         )
         self.machine.on_have(self.now, peer, message, out)
         return out
@@ -415,6 +417,28 @@ def test_members_without_a_vote_do_not_count() -> None:
     assert leader.have("n4") == []
     assert leader.have("n0") == []
     assert commit(leader.have("n1")) is not None
+
+
+def test_means_in_memory_alone_do_not_count_while_a_majority_could_have_them_on_disk() -> None:
+    leader = planned()
+    leader.have("n0", safe=False)
+    assert commit(leader.have("n1")) is None
+    assert commit(leader.have("n2")) is not None
+
+
+def test_with_most_disks_full_means_are_committed_once_every_active_voter_holds_them() -> None:
+    leader = planned(view(3, N0, N1, N2, full_member("n3", witness=True)))
+    for peer in ("n0", "n1"):
+        assert commit(leader.have(peer, safe=False)) is None
+    assert commit(leader.have("n2")) is None
+    assert commit(leader.have("n3", safe=False)) is not None
+
+
+def test_with_most_disks_full_nobody_waits_for_a_voter_that_takes_no_part() -> None:
+    """One that was started again, say: it cannot hold what it missed."""
+    leader = planned(view(3, N0, N1, member("n2", voter=True, active=False)))
+    leader.have("n0", safe=False)
+    assert commit(leader.have("n1", safe=False)) is not None
 
 
 def test_what_can_be_committed_is_told_again_until_a_view_shows_it() -> None:

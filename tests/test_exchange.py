@@ -895,7 +895,19 @@ def test_means_are_said_to_be_held_when_they_are_on_disk_and_not_before() -> Non
     assert not sent(node.handle(9.0, Tick()), Have)
     stored = node.handle(9.1, MeansStored(round=0, epoch=1, attempt=0))
     [(_, have)] = sent(stored, Have)
-    assert (have.state, have.digest) == (STATE, ALL_DIGESTS)
+    assert (have.state, have.digest, have.safe) == (STATE, ALL_DIGESTS, True)
+
+
+def test_means_that_a_full_disk_does_not_take_are_said_to_be_in_memory_alone() -> None:
+    """Defect: they were said to be safe from a crash."""
+    node = Exchange(ExchangeSettings(me="n1", chunk_count=3))
+    node.handle(0.0, ViewChanged(view=THREE))
+    node.handle(0.0, StateAt(round=0, digest=STATE, chain=FIRST_CHAIN))
+    fix(node)
+    hears(node, plan())
+    complete(node)
+    effects = node.handle(9.0, MeansStored(round=0, epoch=1, attempt=0, safe=False))
+    assert [(have.digest, have.safe) for _, have in sent(effects, Have)] == [(ALL_DIGESTS, False)]
 
 
 def test_a_state_that_was_mended_is_said_anew() -> None:

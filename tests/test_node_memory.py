@@ -25,6 +25,7 @@ from prime_async.errors import (
     ConfigError,
     NonFiniteError,
     RefusedError,
+    StorageError,
 )
 from prime_async.ledger import BALLOT_FILE
 from prime_async.log import read_log, replay
@@ -37,6 +38,7 @@ from prime_async.machines.facts import (
     InnerStepDone,
     Joined,
     LeaderSilent,
+    LedgerTrouble,
     MemberJoined,
     MemberLost,
     PeerDropped,
@@ -46,7 +48,8 @@ from prime_async.machines.facts import (
     StateSaved,
     ViewAdopted,
 )
-from prime_async.messages import Ready, encode
+from prime_async.machines.vocabulary import Heard
+from prime_async.messages import Have, Ready, encode
 from prime_async.node import Node, open_node
 from prime_async.node.build import node_ledger
 from prime_async.node.events import KEPT_EVENTS, EventStream
@@ -408,6 +411,30 @@ async def test_contributions_that_no_owner_can_use_are_given_up_and_made_anew(pl
     assert [end.tokens for end in ends] == [STEPS * 10] * 2
     assert place.replayed(0) > 0
     assert place.replayed(1) > 0
+
+
+async def test_a_node_whose_disk_is_full_says_so_and_does_not_count_as_one_that_has_the_means(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given three nodes, when one's disk takes nothing more, then rounds go on by what the others have on theirs."""
+
+    def no_room(*_: object) -> None:
+        raise StorageError("no space left on device")
+
+    with trio.fail_after(LIMIT_S):
+        async with (
+            place.node(0, min_members=3) as first,
+            place.node(1, min_members=3) as second,
+            place.node(2, min_members=3) as full,
+        ):
+            monkeypatch.setattr(full._ledger, "put_mean", no_room)
+            await until(full, LedgerTrouble)
+            for node in (first, second, full):
+                await until(node, RoundFinished, lambda f: f.round >= 4)
+    heard = [r.event for r in read_log(place.directory / "n0.log").records if isinstance(r.event, Heard)]
+    haves = [(e.peer, e.message.safe) for e in heard if isinstance(e.message, Have) and e.message.round >= 2]
+    assert {safe for peer, safe in haves if peer == full.id} == {False}
+    assert {safe for peer, safe in haves if peer == second.id} == {True}
 
 
 async def rejections(node: Node) -> list[ContributionRejected]:

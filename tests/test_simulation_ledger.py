@@ -15,7 +15,7 @@ from prime_async.messages import ChunkInfo, ChunkKey, Record
 from prime_async.testing import SimNode, SimulationSettings
 from prime_async.testing.host import digest_of
 from prime_async.testing.schedules import Chaos
-from tests.simulation_harness import STEADY, newest_round, reach, steady
+from tests.simulation_harness import STEADY, are_at, newest_round, reach, steady
 
 F = TypeVar("F", bound=Fact)
 
@@ -128,6 +128,48 @@ def test_when_all_crash_right_after_a_commit_its_means_are_on_their_disks() -> N
         for name in list(chaos.simulation.nodes):
             chaos.simulation.start(name)
         reach(chaos, committed + 2, SOON_S)
+
+
+# --- full disks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", ["n0", "n3"])
+def test_with_one_disk_full_a_run_goes_on_and_no_crash_of_all_loses_a_commit(full: str) -> None:
+    """Defect: what was in the memory of that node alone counted as safe. ``full``: the leader's, or another's."""
+    chaos = steady(3 if full == "n0" else 4)
+    chaos.simulation.fill(full)
+    goal = newest_round(chaos) + 3
+    chaos.simulation.run_until(are_at(chaos.simulation.running, goal), 40.0)
+    assert facts_of(chaos.simulation.nodes[full], LedgerTrouble)
+    for _ in range(2):
+        known = set(chaos.properties.rounds.commits)
+        chaos.simulation.run_until(lambda: set(chaos.properties.rounds.commits) != known, SOON_S)  # noqa: B023
+        for name in chaos.simulation.nodes:
+            chaos.simulation.crash(name)
+        chaos.simulation.fill(full, full=False)
+        for name in list(chaos.simulation.nodes):
+            chaos.simulation.start(name)
+        reach(chaos, max(chaos.properties.rounds.commits) + 2, SOON_S)
+        chaos.simulation.fill(full)
+
+
+@pytest.mark.parametrize("full", [("n0", "n1", "n2"), ("n0", "n1", "n2", "n3")])
+def test_with_most_disks_full_a_run_goes_on_and_so_does_it_without_whoever_dies(full: tuple[str, ...]) -> None:
+    """What a committed round needs is with all that vote; when there is room again it is on disks, too."""
+    chaos = steady(4)
+    for name in full:
+        chaos.simulation.fill(name)
+    for victim in ("n3", "n0"):
+        reach(chaos, newest_round(chaos) + 3, 60)
+        chaos.simulation.crash(victim)
+    survivors = chaos.simulation.running
+    chaos.simulation.run_until(are_at(survivors, newest_round(chaos) + 3), 80)
+    for name in full:
+        chaos.simulation.fill(name, full=False)
+    for victim in ("n3", "n0"):
+        chaos.simulation.start(victim)
+    agree(chaos, 80)
+    assert all(n.disk.means[newest_round(chaos) - 2].commit for n in survivors)
 
 
 # --- another state --------------------------------------------------------------------------------------------------

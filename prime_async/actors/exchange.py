@@ -109,8 +109,9 @@ class ExchangeActor:
         return valid
 
     async def _store_means(self, effect: StoreMeans, means: dict[int, Chunk]) -> None:
-        if await self._keeper.store_means(effect, means):
-            self._post(MeansStored(round=effect.round, epoch=effect.epoch, attempt=effect.attempt))
+        safe = await self._keeper.store_means(effect, means)
+        if safe is not None:
+            self._post(MeansStored(round=effect.round, epoch=effect.epoch, attempt=effect.attempt, safe=safe))
 
     def _means(self, effect: StoreMeans | Settle) -> dict[int, Chunk]:
         """By chunk."""

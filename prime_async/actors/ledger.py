@@ -96,16 +96,19 @@ class LedgerKeeper:
         else:
             self._put[key.round, key.chunk] = digest
 
-    async def store_means(self, effect: StoreMeans, means: Mapping[int, Chunk]) -> bool:
-        """Have them safe from a crash. ``False``: they are not wanted any more."""
+    async def store_means(self, effect: StoreMeans, means: Mapping[int, Chunk]) -> bool | None:
+        """Have them safe from a crash, if the disk takes them. ``None``: they are not wanted any more.
+
+        Without a ledger they are as safe as whoever keeps nothing wants them.
+        """
         if self.ledger is None:
             return True
         async with self.writing():
             if effect.round in self._fetched:
-                return False
-            await self._try(effect.round, self._close, effect.round, means)
+                return None
+            safe = await self._try(effect.round, self._close, effect.round, means)
         self.announce()
-        return True
+        return safe
 
     async def settle(self, settle: Settle, means: Mapping[int, Chunk]) -> None:
         """These are the committed means of the round."""

@@ -15,7 +15,9 @@ The rules:
 * An owner that can use nobody's contribution to a chunk says so (``Unusable``). This is told to membership: the view in
   which those are rejected is what gives them up, for every leader to come. Who was rejected contributes when it is
   ready again, with what it did since.
-* Means are committed when a majority of the voters holds the same, for the same outer state, under the newest plan.
+* Means are committed when a majority of the voters holds the same, for the same outer state, under the newest plan,
+  safe from a crash. Where disks are full there may be no such majority; then they are committed when all active voters
+  hold them, and a majority of all: a run with full disks goes on, and only the crash of all at once loses the round.
   This is told to membership, which makes it part of a view, again and again until it is. If all voters have answered
   and there is no majority for anything, the round is planned from the beginning.
 * Every message is answered from what is known, so that any of them may be lost: ``Ready`` and ``Have`` are repeated by
@@ -383,7 +385,7 @@ class Coordinator:
     # --- a commit -----------------------------------------------------------------------------------------------
 
     def _commit(self, attempt: Attempt) -> Commit | None:
-        """Of the means that a majority holds, for the same outer state.
+        """Of the means that a majority holds, and holds safely unless that cannot be, for the same outer state.
 
         Half of the voters with their leader decide views, but would be the leader alone of two: with it the means that
         it committed would be gone.
@@ -392,7 +394,7 @@ class Coordinator:
         valid = self._valid(self.haves.items())
         for state, digest in sorted({_what(self.haves[peer]) for peer in valid}):
             holders = {peer for peer in valid if _what(self.haves[peer]) == (state, digest)}
-            if 2 * sum(v.id in holders for v in self.view.voters) > len(self.view.voters):
+            if self._is_safe(self.view, holders):
                 chain = self.view.commit.chain if self.view.commit else FIRST_CHAIN
                 return Commit(
                     round=attempt.round,
@@ -404,6 +406,13 @@ class Coordinator:
                     view=attempt.plan.view,
                 )
         return None
+
+    def _is_safe(self, view: View, holders: set[str]) -> bool:
+        """Whether what these members hold is held well enough to be committed."""
+        on_disk = {peer for peer in holders if self.haves[peer].safe}
+        if _is_majority(view, on_disk):
+            return True
+        return _is_majority(view, holders) and all(v.id in holders for v in view.voters if v.active)
 
     def _divergence(self, attempt: Attempt) -> Fact | None:
         """What tells that no digest can have a majority any more: every voter has one, and none has enough."""
@@ -421,6 +430,10 @@ class Coordinator:
 
     def _say(self, fact: Fact, out: list[Effect]) -> None:
         out.append(Report(fact=fact))
+
+
+def _is_majority(view: View, members: set[str]) -> bool:
+    return 2 * sum(v.id in members for v in view.voters) > len(view.voters)
 
 
 def _what(have: Have) -> tuple[bytes, bytes]:

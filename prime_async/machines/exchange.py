@@ -18,7 +18,7 @@ The rules:
   another plan, or the view lists one of those contributions as rejected. A node that finds its own rejected in the view
   gives it up, tells the training, and serves the next one under another name.
 * When all means are here under the newest plan's numbers they are put on disk, and then ``Have`` goes to the leader,
-  until the round is committed.
+  until the round is committed. If the disk is full it goes too, and says that they are in memory alone.
 * What happens once the round is committed: :mod:`~prime_async.machines.handover`; and the chunks of either
   phase: :mod:`~prime_async.machines.chunks`.
 
@@ -110,7 +110,8 @@ class Exchange:
     newest: Number = SETTLED  # plan of the round that we went by
     promised: tuple[int, Number] = (-1, SETTLED)  # round and number of the newest ask that was answered
     storing: Number = SETTLED  # plan whose means are being put on disk, or are there
-    stored: Number = SETTLED  # plan whose means are on disk
+    stored: Number = SETTLED  # plan whose means are on disk, or cannot be put there
+    safe: bool = False  # they are
     said: Number = SETTLED  # plan for which ``Have`` was said
     complained: tuple[Number, frozenset[str]] = (SETTLED, frozenset())  # plan and contributors of the last ``Unusable``
     rejected: int = 0  # contributions of this node
@@ -166,9 +167,9 @@ class Exchange:
                     self.chunks.on_failed(now, event, self.view, out)
             case Reduced():
                 self.chunks.on_reduced(now, event, out)
-            case MeansStored(round=round, epoch=epoch, attempt=attempt):
+            case MeansStored(round=round, epoch=epoch, attempt=attempt, safe=safe):
                 if round == self.round:
-                    self.stored = epoch, attempt
+                    self.stored, self.safe = (epoch, attempt), safe
             case Tick():
                 self._on_tick(now, out)
             case _:
@@ -352,6 +353,7 @@ class Exchange:
             incarnation=me.incarnation,
             received_per_s=meter.received_per_s(now),
             rates=meter.rates(now, attempt.members, attempt.round + place),
+            safe=self.safe and self.stored == attempt.number,
         )
         self._to_leader(have, out)
 

@@ -226,11 +226,12 @@ class Reduced(Struct, frozen=True, kw_only=True, tag="reduced"):
 
 
 class MeansStored(Struct, frozen=True, kw_only=True, tag="means_stored"):
-    """To exchange: the means of ``StoreMeans`` are safe from a crash, or cannot be put on disk, which was reported."""
+    """To exchange: the means of ``StoreMeans`` are ``safe`` from a crash, or cannot be put on disk, which was told."""
 
     round: int
     epoch: int
     attempt: int
+    safe: bool = True
 
 
 class StepsDone(Struct, frozen=True, kw_only=True, tag="steps_done"):

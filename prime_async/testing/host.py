@@ -57,7 +57,8 @@ class Disk:
     """What a crash leaves of a node. ``born``: the number of its starts, from which incarnations are made.
 
     ``free_at``, ``ledger_free_at``: when the writes under way are done; ``wiped``: how often all was lost.
-    ``damaged``: chunks of snapshots; ``faults``: how often something of the ledger was lost without a crash.
+    ``damaged``: chunks of snapshots; ``faults``: how often something of the ledger was lost without a crash. ``full``:
+    it takes ballots, for which there is a reserve, and nothing else; ``was_full``: at some time.
     """
 
     chunk_count: int
@@ -71,6 +72,8 @@ class Disk:
     free_at: float = 0.0
     ledger_free_at: float = 0.0
     wiped: int = 0
+    full: bool = False
+    was_full: bool = False
 
     def wipe(self) -> None:
         self.ballot, self.wiped = None, self.wiped + 1

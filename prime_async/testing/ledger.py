@@ -194,9 +194,20 @@ class SimLedger:
         self.kernel.later(disk.ledger_free_at - self.kernel.now, self._safe, node, function, args)
 
     def _safe(self, node: SimNode, function: Callable[..., None], args: tuple[object, ...]) -> None:
-        """It is on disk, whether the node is run or not; if it is, it hears of it."""
-        if node.alive:
+        """It is on disk, whether the node is run or not; if it is, it hears of it. Or there is no room for it."""
+        if node.alive and node.disk.full and function != self._keep:
+            self._fail_full(node, args)
+        elif node.alive:
             function(node, *args)
+
+    def _fail_full(self, node: SimNode, args: tuple[object, ...]) -> None:
+        rounds = (_round_of(arg) for arg in args)
+        round = next(r for r in rounds if r is not None)
+        self._post(node, "checkpoint", LedgerFailed(round=round, damaged=False, text="no space left"))
+        for effect in args:
+            if isinstance(effect, StoreMeans):
+                number = {"epoch": effect.epoch, "attempt": effect.attempt}
+                self._post(node, "exchange", MeansStored(round=round, **number, safe=False))
 
     def _post(self, node: SimNode, actor: str, event: Event) -> None:
         self.kernel.post(node, "exchange" if actor == "exchange" else "checkpoint", event, self.settings.disk_s[0])
@@ -345,3 +356,16 @@ class SimLedger:
         newest = max(disk.snapshots, default=0)
         disk.partials = {r: p for r, p in disk.partials.items() if r > newest}
         self.announce(node)
+
+
+def _round_of(argument: object) -> int | None:
+    """The round that a write of this is about, if that can be told."""
+    match argument:
+        case int():
+            return argument
+        case Record(commit=commit):
+            return commit.round
+        case StoreMeans(round=round) | Settle(round=round) | ChunkKey(round=round) | Commit(round=round):
+            return round
+        case _:
+            return None

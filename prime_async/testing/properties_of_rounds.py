@@ -52,7 +52,7 @@ ONE_NAME = "a key never names two different bytes"
 REFUSED = "after an answer to an ask no mean of a lower number is taken"
 HONEST = "a member has what it says that it has"
 ON_DISK = "what a member says that it has is on its disk"
-SAFE = "the means of a commit are on the disks of a quorum"
+SAFE = "the means of a commit are on the disks of a quorum, or, as those are full, with every active voter"
 IN_THE_CHAIN = "only a snapshot that the chain names is loaded"
 COUNTED_ONCE = "a contribution is counted at most once"
 NOT_LOST = "progress that was not counted is kept"
@@ -287,7 +287,7 @@ class RoundProperties:
         right = blake3(b"".join(digests)).digest() == have.digest
         self.require(right, HONEST, lambda: f"{node.id} says {text_of(have)}, and the means of its plan are others")
         self.means[have.digest] = tuple(digests)
-        if have.round not in self.commits:  # else it is said for its measurements
+        if have.safe and have.round not in self.commits:  # else it is said for its measurements
             safe = self._is_on_disk(node.disk, have.round, tuple(digests))
             self.require(safe, ON_DISK, lambda: f"{node.id} says {text_of(have)}, and could lose that by a crash")
 
@@ -304,8 +304,16 @@ class RoundProperties:
             return
         disks = {v.id: self.simulation.disks[v.id] for v in base.voters}
         safe = [id for id, d in disks.items() if d.wiped or d.faults or self._is_on_disk(d, commit.round, chunks)]
+        everybody = any(d.was_full for d in disks.values()) and all(
+            self._held_by(voter, commit.round, chunk, digest)
+            for voter in base.voters
+            if voter.active
+            for chunk, digest in zip(self.simulation.settings.chunks(commit.round), chunks, strict=True)
+        )
         self.require(
-            is_quorum(base, safe), SAFE, lambda: f"{text_of(commit)} is on those of {safe}, after {text_of(base)}"
+            everybody or is_quorum(base, safe),
+            SAFE,
+            lambda: f"{text_of(commit)} is on those of {safe}, after {text_of(base)}",
         )
 
     def on_accepted(self, node: SimNode, view: View) -> None:

@@ -231,6 +231,11 @@ class Simulation:
         """Its next contribution is of bytes that no mean can be made of, in about so many of the chunks."""
         self.nodes[name].garbles, self.work.garbled_share = True, share
 
+    def fill(self, name: str, *, full: bool = True) -> None:
+        """Its disk has no room for anything more; or has again."""
+        disk = self.disks[name]
+        disk.full, disk.was_full = full, disk.was_full or full
+
     def damage(self, name: str) -> str:
         """Bytes of something in its ledger are not what they were: of a mean or of a snapshot. Says what."""
         disk, chunk = self.disks[name], self.kernel.random.randrange(max(1, self._settings.chunk_count))

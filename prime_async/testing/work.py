@@ -179,7 +179,9 @@ class Work:
         self.kernel.give(node, "training", Applied(round=node.state[0], digest=node.state[1]))
 
     def _save(self, node: SimNode) -> None:
-        if node.running:
+        if node.running and node.disk.full:
+            self.kernel.give(node, "training", Saved(path=""))
+        elif node.running:
             node.disk.snapshots[node.state[0]] = Snapshot(node.state[1], node.tip)
             node.disk.damaged.pop(node.state[0], None)
             self.kernel.give(node, "training", Saved(path="state"))
