@@ -565,7 +565,11 @@ async def test_a_node_with_a_later_state_than_the_leader_keeps_it(place: Place) 
 
 
 async def test_a_state_that_is_half_replaced_is_not_saved(place: Place) -> None:
-    """Defect: a node that was stopped while it fetched the state left a file that it refused to start with."""
+    """Defect: a node that was stopped while it fetched the state left a file that it refused to start with.
+
+    It is a snapshot that it fetches, for that is fewer bytes than the means: once there is one, late enough. On a busy
+    machine the rounds of two seconds are so few that there was none.
+    """
     short: dict[str, Any] = {"failure_timeout_s": 1.5}
     walker = Walker()
     with trio.fail_after(LIMIT_S):
@@ -578,7 +582,7 @@ async def test_a_state_that_is_half_replaced_is_not_saved(place: Place) -> None:
                     await until(second, LeaderSilent)
                     await until(first, MemberLost)
                     behind = second.round
-                    await until(first, RoundFinished, lambda f: f.round > behind + 2)
+                    await until(first, SnapshotWritten, lambda f: f.round > behind + 2)
                     walker.on_import = lambda _: trio.from_thread.run_sync(life.cancel)
                     place.network.heal()
                     await until(second, CaughtUp)
