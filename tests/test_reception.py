@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from prime_async.machines.facts import KeyLetIn
-from prime_async.machines.vocabulary import KeyToLetIn, LetIn
+from prime_async.machines.reception import MAX_VOUCHES
+from prime_async.machines.vocabulary import KeyToLetIn, LetIn, Tick
 from prime_async.messages import AskRun, Refuse, RunInfo, Vouch
 from tests.machine_harness import facts, of, sent
-from tests.membership_harness import give, hears, joined, leader_with
+from tests.membership_harness import beat, give, hears, hello, joined, leader_with, ticks
 
 GUEST, KEY = "guest", "newcomer"
 
@@ -33,6 +34,47 @@ def test_a_key_is_put_on_the_list_before_it_is_said_that_it_may_connect() -> Non
     assert [(peer, m.key) for peer, m in sent(effects, RunInfo)] == [(GUEST, KEY)]
     assert sent(effects, Vouch) == [("n1", Vouch(key=KEY, name="nina"))]
     assert facts(KeyLetIn, effects) == [KeyLetIn(key=KEY, name="nina", by=GUEST, invited=True)]
+
+
+def test_a_vouch_is_repeated_after_ever_longer_until_the_key_is_in_a_view() -> None:
+    """Defect: it was sent once, and a member that missed it knew nothing of the key."""
+    node = leader_with("n1", "n2")
+    sent(give(node, 5.0, let_in()), Vouch)
+    sent_at = [now for now in range(6, 40) for peer, _ in sent(give(node, float(now), Tick()), Vouch) if peer == "n1"]
+    assert sent_at == [6, 8, 12, 20, 36]
+    hears(node, 40.0, KEY, hello(KEY))
+    assert node.view is not None
+    assert node.view.member(KEY) is not None
+    assert not sent(ticks(node, 41, 300), Vouch)
+
+
+def test_a_key_that_never_comes_is_vouched_for_some_times_and_no_more() -> None:
+    node = leader_with("n1")
+    first = sent(give(node, 5.0, let_in()), Vouch)
+    again = sent(
+        [e for now in range(6, 400) for e in (*hears(node, now, "n1", beat()), *give(node, now, Tick()))], Vouch
+    )
+    assert len(first + again) == MAX_VOUCHES
+    assert node.reception.vouching == {}
+
+
+def test_a_question_that_comes_again_is_answered_and_not_told_again() -> None:
+    node = leader_with("n1")
+    give(node, 5.0, let_in())
+    effects = give(node, 5.2, let_in())
+    assert [m.key for _, m in sent(effects, RunInfo)] == [KEY]
+    assert sent(effects, Vouch) == []
+    assert facts(KeyLetIn, effects) == []
+
+
+def test_a_vouch_that_comes_again_changes_nothing_unless_the_list_had_no_room() -> None:
+    node = joined()
+    assert of(KeyToLetIn, hears(node, 5.0, "n0", Vouch(key=KEY, name="nina")))
+    give(node, 5.1, let_in(invited=False))
+    assert of(KeyToLetIn, hears(node, 6.0, "n0", Vouch(key=KEY, name="nina"))) == []
+    assert of(KeyToLetIn, hears(node, 7.0, "n0", Vouch(key="another")))
+    give(node, 7.1, LetIn(peer="n0", key="another", name="", invited=False, refusal="it is full"))
+    assert of(KeyToLetIn, hears(node, 8.0, "n0", Vouch(key="another")))
 
 
 def test_who_asks_with_a_key_that_may_connect_already_changes_nothing() -> None:

@@ -51,7 +51,7 @@ from prime_async.machines.facts import (
     ViewAdopted,
 )
 from prime_async.machines.leadership import ContactPoint, Leadership, MembershipSettings, OuterStates, Peer
-from prime_async.machines.reception import answer_run, on_let_in
+from prime_async.machines.reception import Reception
 from prime_async.machines.roster import Known, Watcher
 from prime_async.machines.seeking import Seeking
 from prime_async.machines.standing import Standing
@@ -67,7 +67,6 @@ from prime_async.machines.vocabulary import (
     Finish,
     FoundUnusable,
     Heard,
-    KeyToLetIn,
     Leave,
     LetIn,
     Measured,
@@ -130,6 +129,7 @@ class Membership:
     leadership: Leadership | None = None
     standing: Standing = field(init=False)
     seeking: Seeking = field(init=False)
+    reception: Reception = field(init=False)
     announced: tuple[int, tuple[Member, ...]] = (0, ())
     views: dict[int, tuple[int, View]] = field(default_factory=dict)  # number -> epoch, view: newest decided ones
     incarnation: int = 0
@@ -158,6 +158,7 @@ class Membership:
         self.acceptor = Acceptor(me, stored.known_as(self.incarnation))
         self.standing = Standing(me, self.settings.heartbeat_s, self.acceptor)
         self.seeking = Seeking(self.settings)
+        self.reception = Reception(self.settings)
         self.watcher = Watcher() if self.settings.watches else None
 
     # --- the one way in -----------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class Membership:
                 if self.leadership is not None:
                     self.leadership.go_on(now, out)
             case LetIn():
-                on_let_in(self.settings, self.view, event, out)
+                self.reception.on_let_in(now, self.view, event, out)
             case DoorClosed(peer=peer, address=address):
                 self._on_door_closed(peer, address, out)
             case Offended():
@@ -468,9 +469,9 @@ class Membership:
             case Goodbye():
                 self._on_goodbye(now, peer, message, out)
             case AskRun():
-                answer_run(self.settings, self.view, peer, message, out)
-            case Vouch(key=key, name=name) if self._knows(peer):
-                out.append(KeyToLetIn(peer=peer, key=key, name=name, invited=False))
+                self.reception.answer_run(self.view, peer, message, out)
+            case Vouch() if self._knows(peer):
+                self.reception.on_vouch(peer, message, out)
             case AskRoster() if self.leadership is not None:
                 self._on_ask_roster(now, peer, message, out)
             case Roster():
@@ -663,6 +664,7 @@ class Membership:
 
     def _on_tick(self, now: float, out: list[Effect]) -> None:
         self._forgive_own_sleep(now, out)
+        self.reception.vouch(now, self.view, out)
         if self.role == "asking":
             self._on_asking_tick(now, out)
         elif self.role == "member":
@@ -780,7 +782,7 @@ class Membership:
                 at = min(at, max(now, self.leave_by))
         else:
             return
-        at = max(at, now)
+        at = max(min(at, self.reception.next_at), now)
         if self.wake_at is not None and self.wake_at <= at:
             return
         self.wake_at = at
