@@ -48,7 +48,7 @@ async def preflight(path: Path) -> list[Finding]:
 async def try_config(config: Config, name: str) -> list[Finding]:
     """All findings about the node of ``config``, which is called ``name`` in the first one."""
     findings = [_good("config", name)]
-    findings += [*_key(config), *_ports(config), *_address(config), *_dashboard(config)]
+    findings += [*_key(config), *_ports(config), *_address(config), *_dashboard(config), *_beginning(config)]
     findings += await _contacts(config)
     findings += await trio.to_thread.run_sync(lambda: list(_machine(config)))
     return findings
@@ -221,15 +221,54 @@ def _memory(config: Config, vocab_size: int, on_device: int, on_host: int, is_cu
 
 
 def _disk(config: Config, vocab_size: int) -> Iterator[Finding]:
-    from prime_async.work.sizes import parameter_count, run_size
+    """Room for what the node will keep. What is in its directory already is part of that."""
+    from prime_async.work.sizes import estimate_disk, parameter_count, run_size
 
+    if ":" in config.run.model:
+        return
     place = config.node.directory
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if ":" in config.run.model:
+    need = estimate_disk(config.run, config.node, parameter_count(run_size(config.run, vocab_size)))
+    more = max(0, need.total_bytes - _used_bytes(config.node.directory))
+    text = (
+        f"{config.node.directory}: about {more / MIB:,.0f} MiB more needed, {free / MIB:,.0f} MiB free (snapshots "
+        f"{need.snapshot_bytes / MIB:,.0f}, means {need.mean_bytes / MIB:,.0f}, inner optimiser "
+        f"{need.inner_bytes / MIB:,.0f} MiB)"
+    )
+    fix = (
+        "free some space, set node.directory to another disk, or lower node.keep_snapshots, node.snapshot_every and "
+        "node.keep_rounds"
+    )
+    yield _good("disk", text) if more <= free else _problem("disk", text, fix)
+    if need.grows:
+        yield _warning(
+            "disk",
+            "with node.snapshot_every = 0 all means since the beginning are kept, a byte or so per parameter each",
+            "set node.snapshot_every, or run.rounds",
+        )
+
+
+def _used_bytes(directory: Path) -> int:
+    return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
+
+
+def _beginning(config: Config) -> Iterator[Finding]:
+    """The weights that the run begins with, if they are not made from the seed."""
+    run, node = config.run, config.node
+    if not run.initial_digest:
         return
-    needed = 2 * 8 * parameter_count(run_size(config.run, vocab_size))  # the new file beside the old one
-    text = f"{config.node.directory}: about {needed / MIB:,.0f} MiB needed, {free / MIB:,.0f} MiB free"
-    fix = "free some space, or set node.directory to another disk"
-    yield _good("disk", text) if needed <= free else _problem("disk", text, fix)
+    from prime_async.ledger.files import LOCAL_FILES, list_rounds
+    from prime_async.ledger.snapshots import DIRECTORY, WHOLE
+
+    if list_rounds(LOCAL_FILES, node.directory / DIRECTORY, WHOLE):
+        yield _good("weights", f"{node.directory} holds an outer state to begin with")
+    elif node.join:
+        yield _good("weights", f"{run.initial_digest[:16]} are fetched from a member")
+    else:
+        yield _problem(
+            "weights",
+            f"run.initial_digest: the run begins with weights that are not in {node.directory}",
+            "write them there with `prime-async import`, or name members that have them as node.join",
+        )

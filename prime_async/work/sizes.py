@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prime_async.config.schema import RunSpec
+from prime_async.config.schema import NodeSettings, RunSpec
 from prime_async.errors import ConfigError
+from prime_async.work.chunks import USUAL_CONTRIBUTORS
+from prime_async.work.codec import make_codec, mean_payload_bytes
 from prime_async.work.llama import EMBEDDING, Llama, LlamaConfig
 
 BYTES = 256  # vocabulary of the byte tokenizer
@@ -128,3 +130,36 @@ def _activation_bytes_per_token(config: LlamaConfig) -> int:
     mlp = 2 * config.width + 4 * config.ffn_width
     logits = 3 * config.vocab_size  # logits, their fp32 copy, and the gradient
     return 4 * (config.layers * (attention + mlp) + logits)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskEstimate:
+    """What a node's directory holds at most, without audits and message logs. ``grows``: of means, more and more."""
+
+    snapshot_bytes: int
+    mean_bytes: int
+    inner_bytes: int
+    grows: bool
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.snapshot_bytes + self.mean_bytes + self.inner_bytes
+
+
+def estimate_disk(run: RunSpec, node: NodeSettings, parameters: int) -> DiskEstimate:
+    """Of a node that has run for a while, while it writes a snapshot: those that are kept, and that one.
+
+    The means of ``keep_rounds`` rounds are kept, and all since the oldest snapshot that is: with ``snapshot_every`` 0
+    all of the run. The inner optimiser's state is 8 bytes per parameter, and is there twice while it is written.
+    """
+    codec, chunk = make_codec(run.exchange.codec_of_means), run.exchange.chunk_elements
+    mean = mean_payload_bytes(codec, chunk, USUAL_CONTRIBUTORS) * parameters // (chunk * run.fragment_count)
+    since = node.keep_snapshots * node.snapshot_every or run.rounds
+    keeps_inner = not node.witness and run.inner.optimizer != "sgd"
+    return DiskEstimate(
+        snapshot_bytes=8 * parameters * (node.keep_snapshots + 1),
+        mean_bytes=mean * max(node.keep_rounds, since),
+        inner_bytes=2 * 8 * parameters * keeps_inner,
+        grows=node.snapshot_every == 0 and run.rounds == 0,
+    )
