@@ -22,8 +22,10 @@ import prime_async.guest
 from prime_async.errors import LocalError, NonFiniteError
 from prime_async.guest.side import trio_side
 from prime_async.machines.facts import Fact, InnerStepDone, RoundFinished
+from prime_async.machines.own import OwnActor
 from prime_async.transport.memory import MemoryNetwork
 from tests.test_node_memory import Place, Walker
+from tests.test_own_actors import Greet, Say, greeter
 
 LIMIT_S = 30.0
 T = TypeVar("T")
@@ -387,11 +389,13 @@ def test_closing_a_generator_that_is_in_a_block_closes_the_manager(collected: bo
 
 
 @asynccontextmanager
-async def opened(place: Place, name: int, workload: Walker, **run: Any) -> AsyncIterator[prime_async.guest.GuestNode]:
+async def opened(
+    place: Place, name: int, workload: Walker, *actors: OwnActor, **run: Any
+) -> AsyncIterator[prime_async.guest.GuestNode]:
     """As ``Place.node``, in asyncio."""
     async with trio_side() as side, side.holding(place.network.open(place.id(name))) as transport:
         config = place.config(name, **run)
-        async with prime_async.guest.open_node(config, transport=transport, workload=workload) as node:
+        async with prime_async.guest.open_node(config, transport=transport, workload=workload, actors=actors) as node:
             yield node
 
 
@@ -418,6 +422,35 @@ def test_two_nodes_in_one_loop_train_together_and_agree(tmp_path: Path) -> None:
     digests = [[f.state_digest for f in facts if isinstance(f, RoundFinished)] for facts in found.values()]
     assert len(digests[0]) == 3
     assert digests[0] == digests[1]
+    no_trio()
+
+
+def test_actors_of_two_nodes_in_asyncio_talk_and_their_program_is_told_in_its_own_thread(tmp_path: Path) -> None:
+    """Given nodes with an actor in one loop, when one is told to greet, then the other's program hears, in asyncio.
+
+    What cannot be told is refused where it is told.
+    """
+    said: list[tuple[Say, threading.Thread]] = []
+
+    async def main() -> None:
+        place = Place(tmp_path, MemoryNetwork(seed=1))
+        heard = asyncio.Event()
+
+        def hear(effect: Say) -> None:
+            said.append((effect, threading.current_thread()))
+            heard.set()
+
+        async with (
+            opened(place, 0, Walker(), greeter()) as first,
+            opened(place, 1, Walker(), greeter(hear)),
+        ):
+            first.tell("greeter", Greet(text="hello"))
+            with pytest.raises(LocalError, match="no actor other, it has greeter"):
+                first.tell("other", Greet(text="hello"))
+            await heard.wait()
+
+    run(main)
+    assert said == [(Say(who="0" * 64, text="hello"), threading.current_thread())]
     no_trio()
 
 

@@ -73,6 +73,25 @@ async def test_friends_get_the_weighted_mean_again_and_again_and_their_logs_repl
         assert place.replayed(name) > 30
 
 
+@pytest.mark.parametrize(
+    ("reduce", "expected"), [("mean", 34.0), ("median", 2.0), ("trimmed_mean", 2.0), ("rda", 34.0)]
+)
+async def test_friends_get_what_their_run_makes_of_the_tensors(place: Place, reduce: str, expected: float) -> None:
+    """Given three friends, one of whom gives far more, when their run names a reducer, then they get its result.
+
+    The means are encoded as ``mean_codec`` says, in half as many bytes as the tensors.
+    """
+    exchange = {"chunk_elements": 256, "codec": "fp32", "mean_codec": "fp16", "reduce": reduce}
+    async with three(place, exchange=exchange) as all_three:
+        means = await together(
+            *(partial(f.average, filled(v)) for f, v in zip(all_three, (1.0, 2.0, 99.0), strict=True))
+        )
+        stored = all_three[0].node.workload.mean_bytes(0)
+    torch.testing.assert_close(means[0], filled(expected))
+    assert all(torch.equal(means[0], mean) for mean in means)
+    assert stored == 2 * 256
+
+
 async def test_what_is_not_fp32_and_lies_elsewhere_is_averaged_and_not_touched(place: Place) -> None:
     tensor = torch.arange(ELEMENTS, dtype=torch.float64).view(SHAPE).T.requires_grad_()
     with trio.fail_after(LIMIT_S):

@@ -12,17 +12,19 @@ import pytest
 import trio
 from msgspec import Meta, Struct
 
-from prime_async.errors import LocalError, LogFormatError, ReplayMismatchError
+from prime_async.cli.replay import load_actor
+from prime_async.errors import ConfigError, LocalError, LogFormatError, ReplayMismatchError
 from prime_async.log import read_log, replay
 from prime_async.machines import vocabulary as v
 from prime_async.machines.own import Heard, Hosted, OwnActor, OwnEffect, OwnEvent, Send, write
 from prime_async.machines.vocabulary import Perform, Tick, Told, ViewChanged, WakeAt
 from prime_async.messages import MAX_OWN_BYTES, Own, View, encode
 from prime_async.node import Node, open_node
+from prime_async.testing.plugin import ReplayLog, replay_log
 from tests.machine_harness import full_member, view
 from tests.test_node_memory import LIMIT_S, Place, Walker, place
 
-__all__ = ["place"]
+__all__ = ["place", "replay_log"]
 
 
 class Greeting(Struct, frozen=True, kw_only=True, tag=True):
@@ -164,7 +166,7 @@ class Hall:
         self.changed.set()
 
 
-async def test_actors_of_two_nodes_talk_and_their_logs_replay_with_them(place: Place) -> None:
+async def test_actors_of_two_nodes_talk_and_their_logs_replay_with_them(place: Place, replay_log: ReplayLog) -> None:
     """Given two nodes with an actor, when one is told to greet, then the other's program learns it; the logs replay.
 
     Without the actor, or with another, the replay says so.
@@ -182,6 +184,9 @@ async def test_actors_of_two_nodes_talk_and_their_logs_replay_with_them(place: P
     assert Perform(body=encode(hall.said[0])) in [effect for step in steps for effect in step.effects]
     with pytest.raises(LogFormatError, match=r"the actor greeter, .*--own module:function"):
         list(replay(log))
+    assert len(replay_log(place.directory / "n1.log", [greeter()])) == len(log.records)
+    with pytest.raises(pytest.fail.Exception, match="the actor greeter"):
+        replay_log(place.directory / "n1.log")
     other = OwnActor(name="greeter", machine=lambda me: Greeter(me, heard=1), messages=Greeting | Count, effects=Say)
     with pytest.raises(ReplayMismatchError, match="own/greeter"):
         list(replay(log, [other]))
@@ -231,6 +236,48 @@ async def test_what_cannot_be_told_is_refused(place: Place) -> None:
         with pytest.raises(LocalError, match="two actors have one name: greeter, greeter"):
             async with node(place, 0, greeter(), greeter()):
                 pass
+
+
+# --- for a replay ---------------------------------------------------------------------------------------------------
+
+
+def not_an_actor() -> str:
+    return "hello"
+
+
+def wants_something(_name: str) -> OwnActor:
+    return greeter()
+
+
+def fails() -> OwnActor:
+    raise ValueError("for a reason of its own")
+
+
+def test_an_actor_for_a_replay_is_what_the_function_makes() -> None:
+    assert load_actor(f"{__name__}:greeter").name == "greeter"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("greeter", "give it as module:function"),
+        ("no_such_module:greeter", "No module named 'no_such_module'"),
+        (f"{__name__}:nothing", "has no attribute 'nothing'"),
+        (f"{__name__}:LIMIT_S", "is no function"),
+        (f"{__name__}:wants_something", "without arguments"),
+        (f"{__name__}:not_an_actor", "the function gives 'hello', and not an OwnActor"),
+    ],
+)
+def test_what_makes_no_actor_for_a_replay_is_refused_with_what_is_wrong(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        load_actor(name)
+    assert f"--own {name}: " in str(refused.value)
+
+
+def test_an_error_of_the_function_comes_out_as_it_is() -> None:
+    """Defect: it was taken for a function that is not there."""
+    with pytest.raises(ValueError, match="of its own"):
+        load_actor(f"{__name__}:fails")
 
 
 def test_a_body_that_is_too_large_is_no_message_at_all() -> None:

@@ -202,6 +202,33 @@ async def test_the_outer_weights_are_what_the_script_and_the_outer_step_make_of_
     assert set(weights.tolist()) == {10.0}
 
 
+async def test_what_owners_make_of_the_moves_is_what_the_run_says(tmp_path: Path) -> None:
+    """Given three nodes of which one moves far, when a run takes medians, then that one does not carry the mean off.
+
+    Defect: it was the mean, whatever the run said.
+    """
+    run = MemoryRun(
+        tmp_path,
+        rounds=1,
+        min_members=3,
+        outer={"learning_rate": 1.0, "momentum": 0.0},
+        exchange={"chunk_elements": 256, "codec": "fp32", "reduce": "median"},
+    )
+    ended: list[float] = []
+
+    async def node(number: int, move: float) -> None:
+        async with run.node(number, lambda _: ScriptedStep(move=move)) as opened:
+            await opened.wait()
+            ended.append(float(np.frombuffer(opened.workload.export_state(0), np.float32, 1)[0]))
+
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            for number, move in enumerate((1.0, 2.0, 900.0)):
+                nursery.start_soon(node, number, move)
+    steps = run.config(0).run.round.inner_steps
+    assert ended == [2.0 * steps] * 3
+
+
 async def test_a_script_can_go_wrong_and_recover(tmp_path: Path) -> None:
     run = MemoryRun(tmp_path, rounds=1)
     with trio.fail_after(LIMIT_S):

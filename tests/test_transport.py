@@ -602,6 +602,20 @@ async def test_a_peer_is_shut_out_after_its_last_allowed_violation(net: Harness)
     assert not b.send(mallory, note("go away"))
 
 
+async def test_a_message_that_breaks_a_rule_of_its_receiver_is_a_violation_like_any_other(net: Harness) -> None:
+    """What the transport took for good; ``accuse`` says what is wrong with it."""
+    a, b, _ = await two_with_shelf(net, Options(max_violations=2))
+    for shut_out in (False, True):
+        a.accuse(b.id, "to the actor greeter: no message of its")
+        violation = await next_notice(a, Violation)
+        assert (violation.peer, violation.plane) == (b.id, "control")
+        assert (violation.reason, violation.shut_out) == ("to the actor greeter: no message of its", shut_out)
+    assert a.traffic.violations == {b.id: 2}
+    assert not a.send(b.id, note("go away"))
+    with pytest.raises(ProtocolError, match="shut out"):
+        await a.get(b.id, chunk_key(), FOREVER_S)
+
+
 async def test_a_peer_that_was_shut_out_is_denied_at_its_next_handshake(net: Harness) -> None:
     if not net.network.checks_keys:
         pytest.skip("in the clear there is no handshake that could be denied")

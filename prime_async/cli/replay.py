@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -94,11 +95,18 @@ def load_actor(name: str) -> OwnActor:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        actor = getattr(import_module(module), function)()
+        make = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             [f"--own {name}: give it as module:function, in a module that Python finds: {error}"]
         ) from error
+    if not callable(make):
+        raise ConfigError([f"--own {name}: {make!r} is no function: name one that makes an OwnActor"])
+    try:
+        signature(make).bind()
+    except TypeError as error:
+        raise ConfigError([f"--own {name}: the function is called without arguments: {error}"]) from error
+    actor = make()
     if not isinstance(actor, OwnActor):
         raise ConfigError([f"--own {name}: the function gives {actor!r}, and not an OwnActor"])
     return actor

@@ -14,16 +14,17 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
 if TYPE_CHECKING:
     from prime_async.config.schema import Config
     from prime_async.log import ReplayedStep
+    from prime_async.machines.own import OwnActor
 
 OPTION = "--prime-async-record-failures"
 ALIAS = "--record-failures"
@@ -49,21 +50,30 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(RecordFailures(config.invocation_params.dir / directory), "prime-async-recorder")
 
 
+class ReplayLog(Protocol):
+    """What the fixture ``replay_log`` gives."""
+
+    def __call__(self, path: str | Path, actors: Sequence[OwnActor] = ()) -> tuple[ReplayedStep, ...]:
+        """See :func:`replay_log`."""
+        ...
+
+
 @pytest.fixture
-def replay_log() -> Callable[[str | Path], tuple[ReplayedStep, ...]]:
+def replay_log() -> ReplayLog:
     """Call it with the path of a message log: the log is replayed, and all its events are given with their effects.
 
-    If a machine answers otherwise than recorded the test fails, with the number of the event, and what the machine was
-    given, was expected to answer, and answers, in words. So it does if the file is not a log, or has no event.
+    ``actors``: those of your own that the log has events of, as they were given to ``open_node``. If a machine answers
+    otherwise than recorded the test fails, with the number of the event, and what the machine was given, was expected
+    to answer, and answers, in words. So it does if the file is not a log, or has no event.
     """
 
-    def replay_or_fail(path: str | Path) -> tuple[ReplayedStep, ...]:
+    def replay_or_fail(path: str | Path, actors: Sequence[OwnActor] = ()) -> tuple[ReplayedStep, ...]:
         __tracebackhide__ = True
         from prime_async.errors import PrimeAsyncError
         from prime_async.log import read_log, replay
 
         try:
-            steps = tuple(replay(read_log(Path(path))))
+            steps = tuple(replay(read_log(Path(path)), actors))
         except PrimeAsyncError as error:
             pytest.fail(str(error) if str(path) in str(error) else f"{path}: {error}", pytrace=False)
         if not steps:

@@ -17,6 +17,7 @@ from prime_async.work.device import Device
 from prime_async.work.diloco import DilocoWorkload
 from prime_async.work.inner import EVALUATION_BATCHES, Span
 from prime_async.work.outer import OuterState
+from prime_async.work.reducers import make_reducer
 from prime_async.work.schedule import pace
 from prime_async.work.workload import StepReport
 
@@ -88,7 +89,7 @@ class ScriptedTrainer:
 
 
 def scripted_workload(run: RunSpec, trainer: ScriptedTrainer) -> DilocoWorkload:
-    """What ``open_node(..., workload=...)`` takes: the run's real mode, codec and outer steps, around ``trainer``.
+    """What ``open_node(..., workload=...)`` takes: the run's mode, codec, reducer and outer steps, around ``trainer``.
 
     Raises :class:`~prime_async.errors.ConfigError` if the run has more fragments than the trainer has chunks.
     """
@@ -103,6 +104,7 @@ def scripted_workload(run: RunSpec, trainer: ScriptedTrainer) -> DilocoWorkload:
         pace(run),
         1,
         make_codec(exchange.codec_of_means),
+        reducer=make_reducer(exchange.reduce, exchange.trim),
         overlaps=run.overlaps,
         error_feedback=exchange.error_feedback,
         eager=run.mode == "eager",
