@@ -83,7 +83,7 @@ class RoundProperties:
         self.means: dict[bytes, tuple[bytes, ...]] = {}  # digest of a round's means -> those of the chunks
         self.held: dict[tuple[int, int], dict[bytes, set[Process]]] = defaultdict(_no_holders)
         self.first_number: dict[tuple[int, int, bytes], Number] = {}
-        self.made: dict[tuple[int, int], dict[ChunkKey, tuple[SimNode, tuple[str, ...]]]] = defaultdict(dict)
+        self.made: dict[tuple[int, int], dict[ChunkKey, tuple[SimNode, Reduce]]] = defaultdict(dict)
         self.refused: dict[tuple[Process, int], dict[int, Number]] = defaultdict(dict)
         self.plans: dict[tuple[int, Number], Plan] = {}
         self.rounds_view: dict[tuple[int, Number], int] = {}  # round, number of a turn -> number of the round's view
@@ -217,8 +217,8 @@ class RoundProperties:
         view = self.views.newest
         if view is None:
             return
-        for earlier, (owner, members) in made.items():
-            same_round = self._same_making(earlier, members, key, effect.members)
+        for earlier, (owner, as_made) in made.items():
+            same_round = self._same_making(as_made, effect)
             lost = not self._is_here(view, owner, earlier)
             self.require(
                 lost or not same_round or number_of(earlier) > number_of(key),
@@ -226,7 +226,7 @@ class RoundProperties:
                 lambda: f"{node.id} makes {key}, and {owner.id}, which made {earlier}, is in {text_of(view)}",  # noqa: B023
             )
         self._not_held(node, effect, view)
-        made[key] = (node, effect.members)
+        made[key] = (node, effect)
 
     def _on_reduced(self, event: Reduced) -> None:
         """Of contributions that are all left out no mean was made."""
@@ -237,7 +237,7 @@ class RoundProperties:
         """Nobody makes again what a quorum of those who vote now holds, and is there to say so."""
         key = effect.key
         before = self.made[key.round, key.chunk]
-        if not all(self._same_making(k, members, key, effect.members) for k, (_, members) in before.items()):
+        if not all(self._same_making(as_made, effect) for _, as_made in before.values()):
             return  # the round was planned afresh
         for digest, holders in self.held[key.round, key.chunk].items():
             if self.first_number[key.round, key.chunk, digest] < number_of(key):  # or a later plan was slept through
@@ -245,10 +245,12 @@ class RoundProperties:
                 text = f"{node.id} makes {key}, and {here} hold one, a quorum of"
                 self.require(not is_quorum(view, here), NEVER_REMADE, lambda: f"{text} {text_of(view)}")  # noqa: B023
 
-    def _same_making(self, a: ChunkKey, a_members: tuple[str, ...], b: ChunkKey, b_members: tuple[str, ...]) -> bool:
-        """Whether both means are of plans over the same view of the round."""
-        views = [self.rounds_view.get((k.round, number_of(k))) for k in (a, b)]
-        return a_members == b_members and (None in views or views[0] == views[1])
+    def _same_making(self, a: Reduce, b: Reduce) -> bool:
+        """Whether both means are of plans over the same view of the round; which a node alone tells to nobody."""
+        views = [self.rounds_view.get((r.key.round, number_of(r.key))) for r in (a, b)]
+        offers = [{peer: key.attempt for peer, key in r.inputs.items()} for r in (a, b)]
+        same = all(offers[0][peer] == offers[1][peer] for peer in offers[0].keys() & offers[1].keys())
+        return a.members == b.members and same and (None in views or views[0] == views[1])
 
     def _runs(self, process: Process) -> bool:
         node = self.simulation.nodes[process[0]]
