@@ -503,8 +503,27 @@ def test_a_leader_that_is_outvoted_steps_down() -> None:
 
 def test_a_leader_steps_down_when_a_member_has_promised_its_epoch_to_another() -> None:
     """Defect: that member answered everything with Outvoted, which was not higher, and could never follow."""
-    leader = leading("n1", "n2")
-    assert facts(SteppedDown, hears(leader, 1.0, "n1", Outvoted(epoch=2)))
+    leader = restarted("n0", stored(V5), incarnation=1)
+    elect(leader, 0.0, "n1")
+    give(leader, 3.0, Tick())  # it has waited for n2
+    assert leader.role == "leader"
+    assert facts(SteppedDown, hears(leader, 4.0, "n2", Outvoted(epoch=2)))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_leader_leads_on_when_a_member_that_promised_it_the_epoch_refuses_what_came_late(late: bool) -> None:
+    """Defect: what it had said in an earlier epoch came after the promise, and the answer made it step down.
+
+    ``late``: the promise itself came when it led already.
+    """
+    leader = restarted("n0", stored(V5), incarnation=1)
+    elect(leader, 0.0, "n1")
+    give(leader, 3.0, Tick())  # it has waited for n2
+    assert leader.role == "leader"
+    if late:
+        hears(leader, 3.5, "n2", promise(V5_OF_3, 2, "n2"))
+    assert not facts(SteppedDown, hears(leader, 4.0, "n2" if late else "n1", Outvoted(epoch=2)))
+    assert leader.role == "leader"
 
 
 def test_a_leader_that_hears_one_of_a_higher_epoch_follows_it() -> None:

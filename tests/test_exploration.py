@@ -300,6 +300,19 @@ def test_no_short_schedule_breaks_a_run() -> None:
     explore_with_hypothesis(60, 8)
 
 
+def test_a_leader_that_hears_an_answer_to_what_it_said_before_it_led_leads_on_and_hands_over() -> None:
+    """Given a leader that leaves, then the other voter too, when a joiner is left, then it goes on alone.
+
+    Defect, found by the above: the new leader stepped down just before it was told to leave, and left without a word.
+    """
+    schedule = Schedule()
+    schedule.found(nodes=2, chunks=1, seed=0, loss=False, mode="blocking")
+    schedule.leave(at_once=True, node=0)
+    schedule.join()
+    schedule.leave(at_once=False, node=1)
+    schedule.teardown()
+
+
 @pytest.mark.long
 def test_no_longer_schedule_breaks_a_run() -> None:
     explore_with_hypothesis(3000, 25)

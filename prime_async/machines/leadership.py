@@ -48,6 +48,7 @@ from prime_async.messages import (
     HeartbeatAck,
     Hello,
     Member,
+    Promise,
     Propose,
     Refuse,
     View,
@@ -143,6 +144,7 @@ class Leadership:
     view: View
     peers: dict[str, Peer]  # all members but ourselves, and those that join
     reachable: dict[str, bool]  # of those that we dialled; kept by the membership machine
+    promised: set[str] = field(default_factory=set)  # who has promised us this epoch
     proposal: View | None = None
     message: Propose | None = None  # that says so
     stored_by: set[str] = field(default_factory=set)  # voters of ``view`` that have stored the proposal
@@ -164,6 +166,11 @@ class Leadership:
     @property
     def me(self) -> str:
         return self.own.id
+
+    def on_promise(self, peer: str, promise: Promise) -> None:
+        """One that came when enough had been there."""
+        if promise.epoch == self.epoch:
+            self.promised.add(peer)
 
     # --- nodes that come ----------------------------------------------------------------------------------------
 

@@ -579,10 +579,12 @@ class Membership:
             case Prepare(epoch=epoch):
                 self._on_prepare(now, peer, message, out)
             case Support() | Promise():
+                if self.leadership is not None and isinstance(message, Promise):
+                    self.leadership.on_promise(peer, message)
                 self.standing.hears_answer(now, peer, message, out)
                 self._lead_if_won(now, out)
             case Outvoted(epoch=epoch):
-                self._on_outvoted(now, epoch, out)
+                self._on_outvoted(now, peer, epoch, out)
             case _:
                 pass  # a late or repeated answer
 
@@ -608,10 +610,13 @@ class Membership:
         )
         self.acceptor.promise(peer, prepare, blank, out)
 
-    def _on_outvoted(self, now: float, epoch: int, out: list[Effect]) -> None:
+    def _on_outvoted(self, now: float, peer: str, epoch: int, out: list[Effect]) -> None:
         self.standing.outvoted(epoch)
-        # The same epoch: that member has promised it to another candidate, and cannot follow us in it.
-        if self.leadership is not None and epoch >= self.leadership.epoch:
+        if self.leadership is None or epoch < self.leadership.epoch:
+            return
+        # The same epoch: that member has promised it to another candidate, and cannot follow us in it. Or it has
+        # promised it to us, and means something that we said before and that came late.
+        if epoch > self.leadership.epoch or peer not in self.leadership.promised:
             self._step_down(now, f"a member has promised epoch {epoch}", out)
 
     def _try_to_lead(self, now: float, out: list[Effect]) -> None:
@@ -628,7 +633,10 @@ class Membership:
         self.role, self.leader = "leader", self.settings.me.id
         seconds = round(now - self.standing.alone_since, 3)
         out.append(Report(fact=LeaderElected(epoch=candidate.epoch, seconds=seconds, silent=silent)))
-        self.leadership = Leadership(self.settings, self.me, self.states, candidate.epoch, base, peers, self.reachable)
+        who = set(candidate.promises)
+        self.leadership = Leadership(
+            self.settings, self.me, self.states, candidate.epoch, base, peers, self.reachable, who
+        )
         self.acceptor.learn(self.settings.me.id, candidate.epoch, base, out)
         if base is view:
             self._go_by_decided(now, out)
