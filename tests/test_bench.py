@@ -78,6 +78,10 @@ def _assert_complete(figures: dict[str, Any]) -> None:
     assert min(figures["phases_s"].values()) >= 0
     assert figures["cpu_s_per_process"] > 0
     assert figures["peak_memory_vectors"] > 0
+    (gloo,) = figures["peers"].values()
+    assert gloo["seconds"] == figures["gloo_seconds"]
+    assert gloo["relative_error"] < 1e-6
+    assert gloo["bitwise_equal"] is True
 
 
 def test_a_small_failover_benchmark_times_each_kill_and_counts_what_was_lost() -> None:
@@ -123,6 +127,7 @@ def test_the_relative_error_is_that_against_the_exact_mean() -> None:
     assert not torch.equal(vectors[0], vectors[1])
     assert data.relative_error(exact.float(), chunks, nodes) < 1e-7
     assert data.relative_error(moved.float(), chunks, nodes) == pytest.approx(0.01, rel=1e-4)
+    assert data.relative_error(moved.float(), chunks, nodes, range(1, 4, 2)) < 1e-7  # the first element is in chunk 0
 
 
 def test_phases_follow_each_other_and_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

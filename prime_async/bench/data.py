@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,13 @@ def fill(values: Tensor, chunks: Chunks, node: int) -> None:
         _draw(values[chunks.span(chunk)], _seed(chunks, node, chunk))
 
 
-def relative_error(values: Tensor, chunks: Chunks, nodes: int) -> float:
-    """The L2 norm of ``values`` - m over that of m, m being the exact mean of all nodes' vectors, in fp64."""
+def relative_error(values: Tensor, chunks: Chunks, nodes: int, of: Iterable[int] | None = None) -> float:
+    """The L2 norm of ``values`` - m over that of m, m being the exact mean of all nodes' vectors, in fp64.
+
+    ``of``: only of these chunks.
+    """
     wrong = whole = 0.0
-    for chunk in range(chunks.count):
+    for chunk in range(chunks.count) if of is None else of:
         size = chunks.size(chunk)
         mean, drawn = torch.zeros(size, dtype=torch.float64), torch.empty(size)
         for node in range(nodes):

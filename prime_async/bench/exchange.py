@@ -1,17 +1,18 @@
-"""The benchmark of the exchange: our nodes and gloo's all-reduce side by side, in the same processes.
+"""The benchmark of the exchange: our nodes and gloo's all-reduce side by side, in the same processes; and other peers.
 
 A group is ``nodes`` processes. Each runs a node of ours, whole (``open_node``: membership, plan, commit, ZeroMQ on
-loopback), and a rank of gloo; both average the same fp32 vector. An iteration of gloo, then one of ours, and so on.
-The groups come one after the other, each with its own iterations of gloo: plain and encrypted, as nodes of a run do it,
-who have the means on their disks before they count; and plain in memory, where nothing is kept, as in an all-reduce.
+loopback), a rank of gloo, and a member of each peer that was asked for; all average the same fp32 vector. An iteration
+of gloo, one of each peer in each of its settings, then one of ours, and so on. The groups come one after the other,
+each with its own iterations of gloo and the peers: plain and encrypted, as nodes of a run do it, who have the means on
+their disks before they count; and plain in memory, where nothing is kept, as in an all-reduce.
 
-The time of an iteration, ours and gloo's: from the first process that leaves the barrier before it, to the last process
+The time of an iteration, ours and theirs: from the first process that leaves the barrier before it, to the last process
 that holds the whole result. For ours that begins where the inner steps end, and ends with the digest of the new outer
-state; for gloo it is ``all_reduce`` alone, without the division.
+state; for a peer it is the average alone, for gloo ``all_reduce`` without the division.
 
 Bytes on the wire are those of the loopback interface: other programs on the machine count too, so it should be idle.
-Peak memory is the most that a process had in its first two exchanges, before it ran gloo at all, above what it had
-before them, with the vector already there.
+Peak memory is the most that a process had in its first two exchanges, before it ran gloo or a peer at all, above what
+it had before them, with the vector already there.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from typing import Any, Final
 
 import msgspec
 
-from prime_async.bench.figures import Timing, WorkerReport, WorkerSpec
+from prime_async.bench.figures import PeerReport, Timing, WorkerReport, WorkerSpec
 from prime_async.bench.journal import mean_of
+from prime_async.bench.peers import PeerName
 from prime_async.bench.workers import Worker, reports_of, worker_process
+from prime_async.errors import EnvironmentFault
 from prime_async.transport.keys import write_key_file
 
 FP32_BYTES = 4
@@ -43,6 +46,7 @@ class ExchangeBench:
     mib: int
     chunk_elements: int
     iterations: int
+    peers: tuple[PeerName, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -89,9 +93,10 @@ async def _reports(bench: ExchangeBench, group: Group, directory: Path) -> list[
                 keep=group.keep,
                 directory=str(directory),
                 ids=ids,
+                peers=bench.peers,
             )
             words = [sys.executable, "-m", "prime_async.bench.worker", msgspec.json.encode(spec).decode()]
-            environment = {"GLOO_SOCKET_IFNAME": "lo"}
+            environment = {"GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(homes[rank])}  # peers leave things there
             worker = worker_process(rank, words, homes[rank] / "stderr", environment)
             workers.append(await stack.enter_async_context(worker))
         return [msgspec.json.decode(report, type=WorkerReport) for report in await reports_of(workers)]
@@ -99,28 +104,51 @@ async def _reports(bench: ExchangeBench, group: Group, directory: Path) -> list[
 
 def _figures(bench: ExchangeBench, reports: Sequence[WorkerReport]) -> dict[str, Any]:
     ours = [[r.exchanges[i] for r in reports] for i in range(bench.iterations)]
-    gloo = [[r.all_reduces[i] for r in reports] for i in range(bench.iterations)]
     own_timings = [[node.timing for node in row] for row in ours]
-    seconds, gloo_seconds = _seconds(own_timings), _seconds(gloo)
-    wire, gloo_wire = _wire_bytes(own_timings), _wire_bytes(gloo)
+    seconds, wire = _seconds(own_timings), _wire_bytes(own_timings)
+    median = statistics.median(seconds)
+    peers = {row[0].name: _peer(row, median) for row in zip(*(r.peers for r in reports), strict=True)}
+    gloo, *_ = peers.values()
+    if "failed" in gloo:
+        raise EnvironmentFault(f"gloo, which all else is measured against, did not work here: {gloo['failed']}")
     return {
         "seconds": seconds,
-        "gloo_seconds": gloo_seconds,
-        "median_s": statistics.median(seconds),
-        "gloo_median_s": statistics.median(gloo_seconds),
-        "ratio": statistics.median(seconds) / statistics.median(gloo_seconds),
+        "gloo_seconds": gloo["seconds"],
+        "median_s": median,
+        "gloo_median_s": gloo["median_s"],
+        "ratio": gloo["ratio"],
         "wire_bytes": wire,
-        "gloo_wire_bytes": gloo_wire,
-        "wire_share": wire / gloo_wire,
+        "gloo_wire_bytes": gloo["wire_bytes"],
+        "wire_share": wire / gloo["wire_bytes"],
         "sent_bytes": round(statistics.median(sum(node.sent_bytes for node in row) for row in ours)),
         "relative_error": reports[0].relative_error,
         "digests": [node.digest for node in ours[-1]],
         "bitwise_equal": all(len({node.digest for node in row}) == 1 for row in ours),
         "cpu_s_per_process": _cpu(own_timings),
-        "gloo_cpu_s_per_process": _cpu(gloo),
+        "gloo_cpu_s_per_process": gloo["cpu_s_per_process"],
+        "peers": peers,
         "peak_memory_vectors": max(r.peak_memory_bytes for r in reports) / (FP32_BYTES * bench.elements),
         "phases_s": mean_of([node.phases for row in ours for node in row]),
         "busy_s": mean_of([node.busy for row in ours for node in row]),
+    }
+
+
+def _peer(reports: Sequence[PeerReport], our_median_s: float) -> dict[str, Any]:
+    """The figures of a peer in one setting, or why there are none. The error is that of the worst process and run."""
+    if reason := next((f"{r.reason} (process {rank})" for rank, r in enumerate(reports) if r.reason), ""):
+        return {"failed": reason}
+    rows = list(zip(*(r.runs for r in reports), strict=True))
+    timings = [[run.timing for run in row] for row in rows]
+    seconds = _seconds(timings)
+    median = statistics.median(seconds)
+    return {
+        "seconds": seconds,
+        "median_s": median,
+        "ratio": our_median_s / median,
+        "wire_bytes": _wire_bytes(timings),
+        "cpu_s_per_process": _cpu(timings),
+        "relative_error": max(run.relative_error for row in rows for run in row),
+        "bitwise_equal": all(len({run.digest for run in row}) == 1 for row in rows),
     }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from prime_async.bench.peers import PeerName
+
 
 class WorkerSpec(Struct, frozen=True, kw_only=True):
-    """One process of a group: a node of ours and a rank of gloo at once."""
+    """One process of a group: a node of ours, a rank of gloo, and a member of each peer at once."""
 
     rank: int
     nodes: int
@@ -17,6 +19,7 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     keep: bool  # the means on disk
     directory: str  # shared by the group
     ids: tuple[str, ...]  # the nodes' public keys, by rank
+    peers: tuple[PeerName, ...] = ()  # measured beside ours and gloo
 
 
 class Timing(Struct, frozen=True, kw_only=True):
@@ -24,7 +27,7 @@ class Timing(Struct, frozen=True, kw_only=True):
 
     began_s: float  # when it left the barrier before
     ended_s: float  # when it held the result
-    cpu_s: float  # of all threads of the process, until everybody had the result
+    cpu_s: float  # of all threads of the process, and what it forked, until everybody had the result
     wire_bytes: int  # through the loopback interface meanwhile, all processes together
 
 
@@ -63,10 +66,26 @@ class Exchanged(Struct, frozen=True, kw_only=True):
     busy: Busy
 
 
+class Averaged(Struct, frozen=True, kw_only=True):
+    """One average by a peer, as one process saw it."""
+
+    timing: Timing
+    digest: str  # of the result
+    relative_error: float  # of some of its chunks
+
+
+class PeerReport(Struct, frozen=True, kw_only=True):
+    """A peer in one of its settings, in one process. ``reason``: why it was left out here; empty if it was not."""
+
+    name: str
+    runs: list[Averaged]
+    reason: str
+
+
 class WorkerReport(Struct, frozen=True, kw_only=True):
     """What a process found. ``relative_error``: see :func:`prime_async.bench.data.relative_error`; rank 0 alone."""
 
     exchanges: list[Exchanged]
-    all_reduces: list[Timing]
+    peers: list[PeerReport]  # gloo first
     peak_memory_bytes: int  # above what the process had before its first exchange
     relative_error: float | None = None

@@ -36,6 +36,16 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def group_members() -> list[int]:
+    """The other processes of this process's group."""
+    group, found = os.getpgrp(), []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            if int(path.name) != os.getpid() and os.getpgid(int(path.name)) == group:
+                found.append(int(path.name))
+    return found
+
+
 def reset_peak() -> None:
     """Count the peak from now on. Where the system forbids it, it counts since the process started: never less."""
     with suppress(OSError):

@@ -1,12 +1,13 @@
 """One process of the benchmark: ``python -m prime_async.bench.worker SPEC``. The report is the last line of its stdout.
 
-What a round is here: the inner steps of the workload are what happens *between* two exchanges: gloo's all-reduce of the
-same vector, barriers, measurements. They end with a barrier, and the exchange begins: from the moment that ``train``
-returns, encoding, plan, transfers, reduction, commit and the outer step are those of any run.
+What a round is here: the inner steps of the workload are what happens *between* two exchanges: averages of the same
+vector by gloo and the peers, barriers, measurements. They end with a barrier, and the exchange begins: from the moment
+that ``train`` returns, encoding, plan, transfers, reduction, commit and the outer step are those of any run.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from prime_async.bench import data, proc
-from prime_async.bench.figures import Exchanged, Timing, WorkerReport, WorkerSpec
+from prime_async.bench.contest import Contest, Stopwatch
+from prime_async.bench.figures import Exchanged, WorkerReport, WorkerSpec
 from prime_async.bench.journal import Journal, JournalTransport
-from prime_async.bench.workers import begin_worker
+from prime_async.bench.workers import begin_worker, keep_stdout
 from prime_async.bench.workers import report as write_report
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
@@ -37,7 +39,7 @@ from prime_async.work.inner import Span
 from prime_async.work.workload import Reduction, StepReport
 
 UNTIMED_ROUNDS = 2
-"""Before gloo runs at all: they warm up, and their peak of memory is ours alone."""
+"""Before gloo and the peers run at all: they warm up, and their peak of memory is ours alone. Each peer has as many."""
 GROUP_TIMEOUT = timedelta(seconds=120)
 
 
@@ -89,34 +91,13 @@ class BenchWorkload(BufferWorkload):
         return digest
 
 
-class Stopwatch:
-    """The counters of this process and of the machine, from one barrier to the next."""
-
-    def __init__(self) -> None:
-        dist.barrier()
-        self._wire = proc.loopback_bytes()
-        self._cpu = time.process_time()
-        self.began_at = time.monotonic()
-
-    def stop(self, ended_at: float) -> Timing:
-        """Wait until all have the result."""
-        dist.barrier()
-        return Timing(
-            began_s=self.began_at,
-            ended_s=ended_at,
-            cpu_s=time.process_time() - self._cpu,
-            wire_bytes=proc.loopback_bytes() - self._wire,
-        )
-
-
 class Rounds:
     """What happens between two exchanges. All in the node's training thread, but for the last ``close``."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, contest: Contest) -> None:
         self.chunks = Chunks(spec.elements, spec.chunk_elements)
         self.journal = Journal()
         self.exchanges: list[Exchanged] = []
-        self.all_reduces: list[Timing] = []
         self.peak_memory_bytes = 0
         self.traffic = Traffic()  # the node's counters, once it is open
         # All nodes begin with the same outer state, as in a real run; the vectors to average are filled in later.
@@ -128,6 +109,7 @@ class Rounds:
             make_codec("int8"),
             spec.keep,
         )
+        self._contest = contest
         self._source = torch.empty(spec.elements)
         data.fill(self._source, self.chunks, spec.rank)
         self._begun = 0
@@ -136,13 +118,14 @@ class Rounds:
         self._watch: Stopwatch | None = None
 
     def between(self) -> None:
-        """End a round, if there was one, let gloo do its part, and begin the next round."""
+        """End a round, if there was one, let gloo and the peers do their part, and begin the next round."""
         self.close()
         if self._begun == UNTIMED_ROUNDS:
             self.peak_memory_bytes = proc.peak_bytes() - self._memory_before
-            self._all_reduce()  # the first one connects, and allocates
+            for _ in range(UNTIMED_ROUNDS):  # the first ones connect, and allocate
+                self._contest.turn(self._source, self.workload.values, keep=False)
         if self._begun >= UNTIMED_ROUNDS:
-            self.all_reduces.append(self._all_reduce())
+            self._contest.turn(self._source, self.workload.values, keep=True)
         self._begin()
 
     def close(self) -> None:
@@ -170,13 +153,6 @@ class Rounds:
         self._begun += 1
         self._sent_before = self.traffic.sent
         self._watch = Stopwatch()
-
-    def _all_reduce(self) -> Timing:
-        values = self.workload.values
-        values.copy_(self._source)
-        watch = Stopwatch()
-        dist.all_reduce(values)
-        return watch.stop(time.monotonic())
 
 
 def _config(spec: WorkerSpec, contact: str) -> Config:
@@ -206,8 +182,8 @@ def _config(spec: WorkerSpec, contact: str) -> Config:
     )
 
 
-async def _run(spec: WorkerSpec, store: Store) -> WorkerReport:
-    rounds = await trio.to_thread.run_sync(Rounds, spec)
+async def _run(spec: WorkerSpec, contest: Contest, store: Store) -> WorkerReport:
+    rounds = await trio.to_thread.run_sync(Rounds, spec, contest)
     contact = "" if spec.rank == 0 else (await trio.to_thread.run_sync(store.get, "contact")).decode()
     config = _config(spec, contact)
     async with open_transport(config.node, largest_payload(rounds.workload), allow_list(config.node)) as transport:
@@ -221,7 +197,7 @@ async def _run(spec: WorkerSpec, store: Store) -> WorkerReport:
     error = None if spec.rank else data.relative_error(rounds.workload.values, rounds.chunks, spec.nodes)
     return WorkerReport(
         exchanges=rounds.exchanges,
-        all_reduces=rounds.all_reduces,
+        peers=contest.reports(),
         peak_memory_bytes=rounds.peak_memory_bytes,
         relative_error=error,
     )
@@ -231,12 +207,16 @@ def main() -> None:
     """Measure, and report."""
     spec = msgspec.json.decode(sys.argv[1], type=WorkerSpec)
     begin_worker()
+    pipe = keep_stdout()
     torch.set_num_threads(1)
     store = FileStore(str(Path(spec.directory) / "group"), spec.nodes)
+    contest = Contest(spec, store)
     dist.init_process_group("gloo", store=store, rank=spec.rank, world_size=spec.nodes, timeout=GROUP_TIMEOUT)
-    report = trio.run(_run, spec, PrefixStore("bench", store))
+    report = trio.run(_run, spec, contest, PrefixStore("bench", store))
     dist.destroy_process_group()
-    write_report(msgspec.json.encode(report))
+    write_report(msgspec.json.encode(report), pipe)
+    if spec.peers:
+        os._exit(0)  # what they have running ends with this process's group; an interpreter that waits for it may hang
 
 
 if __name__ == "__main__":

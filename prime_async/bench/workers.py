@@ -7,11 +7,12 @@ of its standard output.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Worker:
 async def worker_process(
     rank: int, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[Worker]:
-    """A process that ends with the block, and with us. ``environment``: beside our own."""
+    """A process that ends with the block, and with us, as do those that it started. ``environment``: beside our own."""
     with log.open("wb") as stderr:
         process = await trio.lowlevel.open_process(
             words,
@@ -56,9 +57,9 @@ async def worker_process(
             await process.stdin.aclose()
             with trio.move_on_after(GRACE_S):
                 await process.wait()
-            if process.poll() is None:
-                process.kill()
-                await process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            await process.wait()
 
 
 async def reports_of(workers: Sequence[Worker], on_line: Callable[[int, bytes], None] = lambda *_: None) -> list[bytes]:
@@ -105,15 +106,28 @@ def begin_worker() -> None:
     )
 
 
-def report(line: bytes) -> None:
+def keep_stdout() -> int:
+    """The pipe to the benchmark, for :func:`report`; what others print goes to stderr from now on.
+
+    Processes that are forked do not have it: it ends with this one.
+    """
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    os.register_at_fork(after_in_child=lambda: os.close(pipe))
+    return pipe
+
+
+def report(line: bytes, pipe: int = 1) -> None:
     """Write one line, at once, on a line of its own whatever others wrote before."""
     sys.stdout.flush()
-    sys.stdout.buffer.write(b"\n" + line + b"\n")
-    sys.stdout.flush()
+    with open(pipe, "wb", closefd=False) as out:
+        out.write(b"\n" + line + b"\n")
 
 
 def _end_with_parent() -> None:
     """stdin ends when whoever started us does. At once: a collective cannot be cancelled."""
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # what we started, too
     os._exit(1)

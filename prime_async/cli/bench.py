@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import trio
 from cyclopts import App, Parameter
@@ -19,6 +19,8 @@ from prime_async.actors.groups import single_errors
 from prime_async.bench import failover as failovers
 from prime_async.bench import restart as restarts
 from prime_async.bench.exchange import GROUPS, ExchangeBench, measure
+from prime_async.bench.peers import PeerName, choose
+from prime_async.cli.bench_peers import peers_table
 from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, ChunkElements, Flag, Json, Repetitions
 from prime_async.cli.report import report
@@ -38,12 +40,13 @@ def exchange(
     mib: Annotated[int, Parameter(validator=Number(gte=1, lte=65536))] = 64,
     iterations: Repetitions = 6,
     chunk_elements: ChunkElements = 2**20,
+    peers: Annotated[list[PeerName | Literal["all"]], SEVERAL] = [],  # noqa: B006  (kept)
     plain: Flag = False,
     json_: Json = False,
 ) -> int:
     """Average a vector among node processes, as a round does, and with gloo's fp32 all-reduce beside it.
 
-    Keep the machine idle meanwhile.
+    And with other programs, if they are asked for. Keep the machine idle meanwhile.
 
     Parameters
     ----------
@@ -52,16 +55,23 @@ def exchange(
     mib
         Size of the vector on each, fp32.
     iterations
-        Timed exchanges, and all-reduces, of each kind.
+        Timed exchanges, and averages by gloo and each peer, after two others.
     chunk_elements
         Elements per chunk, a multiple of 256: as run.exchange.chunk_elements.
+    peers
+        Other programs to measure in the same processes, if they are installed beside this one: pccl (8-bit zero-point
+        and fp32), torchft (fp32, over gloo), hivemind (8-bit blockwise and fp32, encrypted; without its search for a
+        group), or all that are. Each result is compared with the exact mean.
     plain
         Without the group that is encrypted.
     json_
         Print one JSON object as the last line of stdout; the table goes to stderr.
     """
-    bench = ExchangeBench(nodes=nodes, mib=mib, chunk_elements=chunk_elements, iterations=iterations)
-    return report(partial(_measure, bench, plain), (_table, _phases), json_)
+    chosen = choose(peers)
+    bench = ExchangeBench(
+        nodes=nodes, mib=mib, chunk_elements=chunk_elements, iterations=iterations, peers=chosen.names
+    )
+    return report(partial(_measure, bench, plain, chosen.left_out), (_table, peers_table, _phases), json_)
 
 
 @app.command
@@ -177,14 +187,19 @@ def _failover_table(result: dict[str, Any]) -> Table:
     return table
 
 
-async def _measure(bench: ExchangeBench, plain: bool, console: Console) -> dict[str, Any]:
+async def _measure(
+    bench: ExchangeBench, plain: bool, left_out: dict[PeerName, str], console: Console
+) -> dict[str, Any]:
     result: dict[str, Any] = {
         "nodes": bench.nodes,
         "mib": bench.mib,
         "chunk_elements": bench.chunk_elements,
         "iterations": bench.iterations,
         "cores": len(os.sched_getaffinity(0)),
+        "peers_left_out": left_out,
     }
+    for peer, reason in left_out.items():
+        console.print(f"{peer} is left out: {reason}", markup=False)
     with single_errors():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_interrupt_on_sigterm)
