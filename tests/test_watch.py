@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -19,10 +20,11 @@ from typing import Any
 import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console, RenderableType
 from structlog.testing import capture_logs
 
 from prime_async.cli.preflight import _dashboard
-from prime_async.cli.status import ask, status
+from prime_async.cli.status import ask, report, status
 from prime_async.config.load import config_from
 from prime_async.errors import AddressInUseError, ConfigError, EnvironmentFault, ProtocolError
 from prime_async.machines.facts import Fact, HeldOutLoss, InnerStepDone, RoundFinished, SnapshotWritten
@@ -359,6 +361,33 @@ async def test_status_shows_the_members_and_what_happened(tmp_path: Path, capsys
             assert words in shown
         assert await trio.to_thread.run_sync(lambda: status(address, json=True)) == 0
         assert json.loads(capsys.readouterr().out)["totals"]["round"] == 42
+
+
+async def test_status_tells_the_last_of_what_happened_first_and_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    """Given a history with a line that was written early, and renewed since: of the newest checkpoint.
+
+    When its status is shown in a narrow terminal, and in a wide one, then that line comes first; in the narrow one no
+    word is cut off, and what has no room is left out.
+    """
+    async with station(tmp_path, *STORY) as (url, _):
+        found = await trio.to_thread.run_sync(ask, url)
+    found["events"][0]["at"] = found["now"]
+    narrow, wide = (shown_in(width, report(found)) for width in (80, 120))
+    for shown in (narrow, wide):
+        first = next(line for line in shown.splitlines() if " ago  " in line)
+        assert first.split(" ago  ")[1].startswith(found["events"][0]["text"][:40])
+    assert "…" not in narrow
+    assert "tokens/s" in narrow
+    assert "training" in narrow
+    assert "received" not in narrow
+    assert "received" in wide
+
+
+def shown_in(width: int, what: RenderableType) -> str:
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(what)
+    return captured.get()
 
 
 @contextmanager

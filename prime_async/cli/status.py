@@ -6,10 +6,13 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +25,9 @@ ANSWER_S = 10.0
 MAX_ANSWER_BYTES = 16 << 20
 EVERY_S = 1.0
 EVENTS_SHOWN = 5
+WIDE = ("round", "tokens", "tokens/s", "loss", "training", "sent", "received")
+NARROW = WIDE[:-1]
+UNBOUNDED = 10_000
 PHASE_COLOURS = {"training": "green", "exchanging": "green", "serving": "green", "lost": "red", "left": "dim"}
 
 
@@ -111,7 +117,8 @@ def ask(address: str) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> Group:
     """What a node said, for people."""
-    return Group(_headline(found), _table(found), *_events(found))
+    members = _Members(wide=_table(found, WIDE), narrow=_table(found, NARROW))
+    return Group(_headline(found), members, *_events(found))
 
 
 def _headline(found: dict[str, Any]) -> Text:
@@ -129,14 +136,26 @@ def _headline(found: dict[str, Any]) -> Text:
     return text
 
 
-def _table(found: dict[str, Any]) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 0, 0))
+@dataclass(frozen=True, kw_only=True)
+class _Members:
+    """The table of the members, with as many columns as the terminal has room for: no figure is cut off."""
+
+    wide: Table
+    narrow: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fits = Measurement.get(console, options.update(max_width=UNBOUNDED), self.wide).maximum <= options.max_width
+        yield self.wide if fits else self.narrow
+
+
+def _table(found: dict[str, Any], columns: Sequence[str]) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3 if columns == WIDE else 2, 0, 0))
     table.add_column("member")
-    table.add_column("state")
-    for name in ("round", "tokens", "tokens/s", "loss", "training", "sent", "received"):
-        table.add_column(name, justify="right")
+    table.add_column("state", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
     for member in found["members"]:
-        table.add_row(*_row(member))
+        table.add_row(*_row(member)[: 2 + len(columns)])
     return table
 
 
@@ -159,7 +178,8 @@ def _row(member: dict[str, Any]) -> tuple[Text | str, ...]:
 
 def _events(found: dict[str, Any]) -> list[Text]:
     lines = []
-    for event in found["events"][: -EVENTS_SHOWN - 1 : -1]:
+    newest = sorted(found["events"], key=lambda event: (event["at"], event["id"]), reverse=True)
+    for event in newest[:EVENTS_SHOWN]:
         ago = f"{seconds(max(0.0, found['now'] - event['at']))} ago"
         lines.append(Text.assemble((f"{ago:>16}  ", "dim"), (event["text"], "red" if event["kind"] == "bad" else "")))
     return lines
