@@ -194,8 +194,8 @@ def classes_of(kind: type[PrimeAsyncError]) -> Iterator[type[PrimeAsyncError]]:
 def test_every_error_has_a_page() -> None:
     """Given all errors of the package, those of `errors` have a page of their own, others at least that of a base."""
     for module in pkgutil.walk_packages(prime_async.__path__, "prime_async."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+        if not module.name.endswith("__main__") and not module.name.startswith("prime_async.bench.peers."):
+            importlib.import_module(module.name)  # those need what they measure, and have no errors of their own
     kinds = {kind for kind in classes_of(PrimeAsyncError) if kind.__module__.startswith("prime_async.")}
     pages = {kind: page_of_class(kind) for kind in kinds}
     own = {kind: page for kind, page in pages.items() if kind.__module__ == "prime_async.errors"}

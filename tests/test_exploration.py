@@ -313,6 +313,21 @@ def test_a_leader_that_hears_an_answer_to_what_it_said_before_it_led_leads_on_an
     schedule.teardown()
 
 
+def test_the_last_voter_hands_over_though_the_leader_left_just_before_it() -> None:
+    """Given a leader that leaves, and with it the only other voter, when a joiner is left, then it goes on alone.
+
+    Defect, found by the above: the last voter said goodbye to a leader that was gone, and left the joiner without a
+    vote. (Its contribution was not finite, so it had no round to finish.)
+    """
+    schedule = Schedule()
+    schedule.found(nodes=2, chunks=1, seed=0, loss=False, mode="blocking")
+    schedule.leave(at_once=True, node=0)
+    schedule.join()
+    schedule.spoil(node=1)
+    schedule.leave(at_once=False, node=1)
+    schedule.teardown()
+
+
 @pytest.mark.long
 def test_no_longer_schedule_breaks_a_run() -> None:
     explore_with_hypothesis(3000, 25)

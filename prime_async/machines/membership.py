@@ -149,6 +149,7 @@ class Membership:
     goodbyes: int = 0
     farewell: tuple[str, ...] = ()  # whom a goodbye goes to
     leave_by: float = 0.0
+    hands_over: bool = False  # told to leave while there was no leader, and nobody else could be
     wake_at: float | None = None
 
     def __post_init__(self) -> None:
@@ -644,6 +645,8 @@ class Membership:
         else:
             self.leadership.propose(view, out, again=True)
         self._on_ask_again(now, out)
+        if self.hands_over:
+            self._on_leave(now, out)
 
     def _answers_to(self, candidate: Candidate, view: View, now: float) -> tuple[dict[str, Peer], tuple[str, ...]]:
         """The members of ``view`` as the new leader knows them, and the names of those that are silent."""
@@ -690,6 +693,9 @@ class Membership:
             self._on_leading_tick(now, out)
 
     def _on_asking_tick(self, now: float, out: list[Effect]) -> None:
+        if self.hands_over and now >= self.leave_by:
+            self._end(Finish(), out)
+            return
         if now >= self.act_at:
             self._ask(now, out)
         self._try_to_lead(now, out)
@@ -809,10 +815,28 @@ class Membership:
         elif self.role == "member":
             self.role = "leaving"
             self._say_goodbye(now, out)
+        elif self.role == "asking" and self._is_last_voter:
+            self._lead_to_hand_over(now, out)
         else:
             self._end(Finish(), out)
 
+    def _lead_to_hand_over(self, now: float, out: list[Effect]) -> None:
+        """Lead, which needs nobody else, so that those who are left can go on."""
+        self.hands_over = True
+        self.leave_by = now + self.settings.failure_timeout_s
+        self._try_to_lead(now, out)
+
+    @property
+    def _is_last_voter(self) -> bool:
+        """Whether the others in the view can agree on nothing without us, and are there."""
+        view = self.view
+        return view is not None and [v.id for v in view.voters] == [self.settings.me.id] and len(view.members) > 1
+
     def _say_goodbye(self, now: float, out: list[Effect]) -> None:
+        if self._is_last_voter and self.view is not None and self.view.member(self.leader) is None:
+            self._ask_from_now(now, out)  # the leader has left too, and before us
+            self._lead_to_hand_over(now, out)
+            return
         if self.goodbyes == MAX_GOODBYES:
             self._end(Finish(), out)
             return
