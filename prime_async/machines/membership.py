@@ -21,6 +21,7 @@ The rules:
   that slept longer than the failure timeout does not take itself for one any more.
 * A member that leaves says goodbye until the leader shows it a view without it, three times at most; a leader, when a
   view without it is decided, to everybody.
+  If that leader has left too, and nobody else has a vote, the member leads, and hands over, before it leaves.
 
 May be lost: any message; heartbeats and their answers repair views. Never believed: a view or proposal that does not
 come from a member, or that is of an epoch which is over, and anything from an incarnation that is not in the view.
