@@ -797,6 +797,25 @@ def test_a_leaving_member_goes_after_three_goodbyes_without_an_answer() -> None:
     assert now == 2.5
 
 
+def test_the_last_voter_whose_leader_left_before_it_leads_before_it_leaves() -> None:
+    """Given a goodbye to a leader that is gone, then the member leads, to hand over to who answers, and ends."""
+    node = joined()
+    give(node, 1.0, Leave())
+    effects = hears(node, 1.1, "n0", shows(3, full_member("n1"), member("n2")))
+    for now in (1.5, 2.0, 2.5, 3.0):
+        effects += give(node, now, Tick())
+    assert facts(LeaderElected, effects)
+    assert of(Finish, effects)
+
+
+def test_a_node_that_would_hand_over_says_goodbye_if_there_is_a_leader_after_all() -> None:
+    """Given a node that was told to leave while it had no leader, when one is heard, then it does not stay with it."""
+    node = joined()
+    node.hands_over = True
+    assert sent(give(node, 1.0, Tick()), Goodbye)
+    assert node.role == "leaving"
+
+
 def test_a_leaving_member_does_not_ask_to_be_taken_in_again() -> None:
     """Defect: a state fetch that was under way asked anew, and the node became a member once more."""
     node = joined()

@@ -679,6 +679,8 @@ class Membership:
         self.reception.vouch(now, self.view, out)
         if self.role == "asking":
             self._on_asking_tick(now, out)
+        elif self.role == "member" and self.hands_over:
+            self._on_leave(now, out)  # there is a leader after all
         elif self.role == "member":
             silent_s = now - self.leader_heard_at
             if silent_s > self.settings.failure_timeout_s:
@@ -823,8 +825,9 @@ class Membership:
 
     def _lead_to_hand_over(self, now: float, out: list[Effect]) -> None:
         """Lead, which needs nobody else, so that those who are left can go on."""
+        if not self.hands_over:
+            self.leave_by = now + self.settings.failure_timeout_s
         self.hands_over = True
-        self.leave_by = now + self.settings.failure_timeout_s
         self._try_to_lead(now, out)
 
     @property
