@@ -224,6 +224,10 @@ def test_the_demo_trains_equal_weights_and_its_logs_replay(tmp_path: Path) -> No
     assert result["reduction"] > 150
     assert all(0.5 < share <= 1 for share in result["training_share"])
     assert result["sample"].startswith("KING HENRY.")
+    assert 0 < result["nodes_s"] < result["wall_s"]
+    nodes = f"{result['nodes_s']:.0f} s"
+    assert f"prime-async demo, nodes run for {nodes}" in done.stderr
+    assert f"wall time  {result['wall_s']:.0f} s: the {nodes} of the nodes, and then the text below" in done.stderr
     assert processes_about(tmp_path) == []
     for name in ("node-1", "node-2"):
         log = read_log(tmp_path / "kept" / name / "messages.log")

@@ -164,6 +164,7 @@ async def _train(plan: Plan, console: Console) -> dict[str, Any]:
                 incident = await upset(children, plan.rounds, began, start_again, console.print)
             await wait_for_all(children, late=incident.again if incident else None)
             refresh()
+            nodes_s = time.monotonic() - began
         console.print()
     result = _result(children, plan)
     if incident is not None:
@@ -171,7 +172,8 @@ async def _train(plan: Plan, console: Console) -> dict[str, Any]:
         result["chaos"] = {**incident.figures(children, CHAOS_RUN["failure_timeout_s"]), "audit": found}
     steady = next(name for name in plan.names if incident is None or name != incident.kill.victim.name)
     sample = await trio.to_thread.run_sync(_sample, plan.directory / steady)
-    return {**result, "sample": sample, "wall_s": round(time.monotonic() - began, 2)}
+    wall_s = time.monotonic() - began
+    return {**result, "sample": sample, "nodes_s": round(nodes_s, 2), "wall_s": round(wall_s, 2)}
 
 
 def _node_config(plan: Plan, name: str, keys: Sequence[str], contact: str) -> Config:

@@ -17,7 +17,8 @@ from prime_async.node.children import Child
 
 def progress_table(children: Sequence[Child], rounds: int, elapsed_s: float) -> Table:
     """One row a node."""
-    table = Table(title=f"prime-async demo, {elapsed_s:.0f} s", title_justify="left", box=box.SIMPLE_HEAD)
+    title = f"prime-async demo, nodes run for {elapsed_s:.0f} s"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("node")
     table.add_column("state", min_width=10)
     for name in ("round", "steps", "loss", "tokens/s", "sent", "training"):
@@ -42,6 +43,7 @@ def final_report(console: Console, result: dict[str, Any]) -> None:
     equal = len(set(result["state_digests"])) == 1 and result["equal_after_every_round"]
     sent, parallel = sum(result["bytes_sent"]), sum(result["bytes_data_parallel_fp32"])
     shares = ", ".join(f"{share:.1%}" for share in result["training_share"])
+    then = "the audit and the text below" if "chaos" in result else "the text below"
     lines = (
         ("held-out loss", f"{result['heldout_loss_before']:.3f} -> {result['heldout_loss_after']:.3f} nats per byte"),
         ("trained on", f"{result['tokens']:,} bytes of text, {result['parameters']:,} parameters"),
@@ -51,7 +53,7 @@ def final_report(console: Console, result: dict[str, Any]) -> None:
         ("weights", f"{'bitwise equal' if equal else 'DIFFERENT'} on all nodes after every round"),
         ("state digest", result["state_digests"][0]),
         ("training share", f"{shares} of the time"),
-        ("wall time", f"{result['wall_s']:.0f} s"),
+        ("wall time", f"{result['wall_s']:.0f} s: the {result['nodes_s']:.0f} s of the nodes, and then {then}"),
     )
     for name, value in (*lines, *(_chaos_lines(result["chaos"]) if "chaos" in result else ())):
         console.print(f"[bold]{name:>15}[/bold]  {value}", soft_wrap=True)
