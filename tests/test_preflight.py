@@ -33,6 +33,24 @@ def estimate(tmp_path: Path, run: dict[str, Any] | None = None, **node: Any) -> 
     return estimate_disk(made.run, made.node, P)
 
 
+# --- how it is said -------------------------------------------------------------------------------------------------
+
+
+def test_texts_stand_below_each_other_whatever_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    """Defect: the line about the dashboard, the longest subject, stood a column further right than the others."""
+    findings = [
+        Finding(subject="key", verdict="good", text="a text"),
+        Finding(subject="dashboard", verdict="problem", text="a text", fix="a way"),
+        Finding(subject="address", verdict="warning", text="a text"),
+    ]
+
+    preflight.print_findings(findings)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.index("a text") for line in lines if "a text" in line}) == 1
+    assert lines[2].index("fix: a way") == lines[1].index("a text")
+
+
 # --- disk -----------------------------------------------------------------------------------------------------------
 
 

@@ -55,14 +55,15 @@ async def try_config(config: Config, name: str) -> list[Finding]:
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """One line each, and the fix under those that need one."""
+    """One line each, all texts below each other, and the fix under those that need one."""
     say = Console(highlight=False, soft_wrap=True).print
     marks = {"good": "[green]ok[/green]  ", "warning": "[yellow]note[/yellow]", "problem": "[red]bad[/red] "}
+    width = max((len(finding.subject) for finding in findings), default=0)
     for finding in findings:
-        say(f"{marks[finding.verdict]} [bold]{finding.subject:<8}[/bold] ", end="")
+        say(f"{marks[finding.verdict]} [bold]{finding.subject:<{width}}[/bold] ", end="")
         say(finding.text, markup=False)
         if finding.fix:
-            say(f"              fix: {finding.fix}", markup=False)
+            say(f"{'':<{len('note')}} {'':<{width}} fix: {finding.fix}", markup=False)
 
 
 def _good(subject: str, text: str) -> Finding:
