@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from prime_async.actors.auditor import Auditor
 from prime_async.actors.tensors import Tensors
 from prime_async.audit import Audit, AuditFolder, audit
+from prime_async.cli.audit import audit as command
 from prime_async.config.schema import ExchangeSettings, ReducerName
 from prime_async.errors import DataError
 from prime_async.machines.vocabulary import Settle
@@ -103,6 +105,19 @@ def test_means_of_the_contributions_that_they_name_are_equal(run: Run) -> None:
     assert (found.means, found.copies, found.rounds, found.nodes) == (2, 6, {4}, set(MEMBERS))
     assert found.differences == found.unchecked == []
     assert {node: dict(rounds) for node, rounds in found.counted.items()} == {MEMBERS[0]: {4: 2}, MEMBERS[2]: {4: 2}}
+
+
+def test_what_was_found_is_said_in_words_also_of_a_single_node(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Defect: "1 nodes settled"."""
+    shutil.rmtree(run.home / "c")
+    run.settle(0, 0, seeds=(0,), who=(0,), total=3)
+
+    assert command(run.home) == 0
+
+    assert " ".join(capsys.readouterr().out.split()) == (
+        "1 mean of 1 round made anew from the contributions, and compared with the 1 that 1 node settled: "
+        "all are bitwise equal"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.console import Console
 from prime_async.audit import Audit
 from prime_async.audit import audit as audit_folders
 from prime_async.cli.options import Json
+from prime_async.watch.words import counted
 
 SHOWN = 10
 EXIT_DIFFERENT = 1
@@ -57,9 +58,9 @@ def figures(found: Audit) -> dict[str, Any]:
 
 def _say(found: Audit, console: Console) -> None:
     console.print(
-        f"{found.means} means of {len(found.rounds)} rounds made anew from their contributions, and compared with the "
-        f"{found.copies} that {len(found.nodes)} nodes settled: "
-        + (f"{len(found.differences)} DIFFERENCES" if found.differences else "all are bitwise equal")
+        f"{counted(found.means, 'mean')} of {counted(len(found.rounds), 'round')} made anew from the contributions, "
+        f"and compared with the {found.copies:,} that {counted(len(found.nodes), 'node')} settled: "
+        + (counted(len(found.differences), "DIFFERENCE").upper() if found.differences else "all are bitwise equal")
     )
     _list(found.differences, console)
     if found.unchecked:
