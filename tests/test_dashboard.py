@@ -42,9 +42,20 @@ FITS: Final = """
 const chart = document.querySelector('#c-loss');
 return chart.querySelector('svg').viewBox.baseVal.width === chart.clientWidth;
 """
-LOOKS: Final = (("light", 1280, 1100), ("dark", 1280, 1100), ("phone", 390, 844))
+LOOKS: Final = (("light", 1280, 1100), ("dark", 1280, 1100), ("phone", 390, 844), ("small phone", 320, 568))
 CURVES: Final = "return document.querySelectorAll('#c-loss path.curve').length"
 OVERFLOW: Final = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+LONG_FIGURES: Final = """
+const figures = { 't-heldout': '11.762', 't-round': '10,000 / 10,000', 't-sent': '1,023.9 GiB' };
+for (const [id, text] of Object.entries(figures)) document.getElementById(id).textContent = text;
+"""
+CUT: Final = """
+return [...document.querySelectorAll('.tile dd')].filter((e) => {
+  const written = document.createRange();
+  written.selectNodeContents(e);
+  return written.getBoundingClientRect().right > e.getBoundingClientRect().right + 0.5;
+}).map((e) => e.textContent);
+"""
 CONTRAST: Final = """
 const bright = (c) => c.match(/[0-9.]+/g).slice(0, 3).map((v) => v / 255)
   .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
@@ -137,12 +148,15 @@ async def test_the_page_shows_a_run_live_and_a_kill_within_the_failure_timeout(t
                 await until(driver, lambda d: states(d)["carla"] == "training")
                 await trio.sleep(25)
             for name, width, height in LOOKS:
-                emulate(driver, width, height, dark=name == "dark", mobile=name == "phone")
+                emulate(driver, width, height, dark=name == "dark", mobile="phone" in name)
                 await until(driver, partial(has_theme, "dark" if name == "dark" else "light"))
                 await until(driver, lambda d: d.execute_script(FITS))
                 assert driver.execute_script(OVERFLOW) <= 0, f"{name}: it scrolls sideways"
+                assert driver.execute_script(CUT) == [], f"{name}: figures leave their tiles"
                 assert driver.execute_script(CONTRAST) == [], f"{name}: too little contrast"
                 screenshot(driver, name)
+            driver.execute_script(LONG_FIGURES)
+            assert driver.execute_script(CUT) == [], "long figures leave their tiles on a small phone"
             assert complaints(driver) == []
         assert await witness.leave() == 0  # also with a browser that was connected
 
