@@ -9,6 +9,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, get_args
@@ -22,7 +23,17 @@ from prime_async.config.load import config_from
 from prime_async.config.reference import tables
 from prime_async.config.schema import Config
 from prime_async.config.template import node_toml
-from prime_async.docs import PAGES, events_on, find_page, page_names, page_of_class, read_page, title_of
+from prime_async.docs import (
+    LINK,
+    PAGES,
+    events_on,
+    find_page,
+    page_names,
+    page_of_class,
+    read_page,
+    terminal_text,
+    title_of,
+)
 from prime_async.errors import PrimeAsyncError
 from prime_async.machines.facts import Fact
 from prime_async.messages import RefusalReason
@@ -82,7 +93,7 @@ PARSED: Final = {
 """What is shown in a block of its own and not run here, by how it begins, with the reason."""
 
 COMMAND = re.compile(r"^(?:\S*/)?(prime-async [a-z]+(?: .*)?)$")
-NO_SETTINGS: Final = {"node.toml", "node.events"}
+NO_SETTINGS: Final = {"node.toml", "node.events", "node.stop"}
 
 
 def blocks() -> Iterator[tuple[str, str]]:
@@ -289,3 +300,41 @@ def test_links_lead_to_files_and_headings_that_there_are(name: str) -> None:
         target = (ROOT / name).parent / path if path else ROOT / name
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def shipped() -> set[Path]:
+    """The files beside the modules that an installed package has."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["prime_async"]
+    package = ROOT / "prime_async"
+    return {path for pattern in patterns for path in package.glob(pattern)}
+
+
+def test_pages_link_to_nothing_that_an_installed_package_lacks() -> None:
+    """Defect: links to the README, protocols/ and deploy/ led nowhere where only the wheel was installed."""
+    links = [
+        (name, ((PAGES / name).parent / path).resolve())
+        for name in page_names()
+        for path in re.findall(r"\]\((?!https?:|#)([^)#]+)", read_page(name))
+    ]
+
+    assert len(links) > 40
+    assert [(name, path) for name, path in links if path not in shipped()] == []
+    assert {PAGES / f"{name}.md" for name in page_names()} <= shipped()
+
+
+def test_a_page_in_the_terminal_says_how_to_show_those_that_it_links_to() -> None:
+    """Then each of its commands shows a page that there is, and no link is left."""
+    texts = {name: terminal_text(name) for name in page_names()}
+
+    assert [name for name, text in texts.items() if LINK.search(text)] == []
+    commands = {page for text in texts.values() for page in re.findall(r"\(`prime-async docs ([^`]+)`\)", text)}
+    assert {"measurements", "operating"} <= commands <= set(page_names())
+    assert "| local, config, data," in texts["errors/prime_async"]
+    assert str(PAGES / "architecture.svg") in texts["architecture"]
+
+
+def test_the_program_that_runs_a_node_is_the_same_in_the_readme_and_its_page() -> None:
+    (program,) = [b for b in re.findall(r"^```python\n.*?^```$", TEXTS["README.md"], re.M | re.S) if "open_node(" in b]
+
+    assert program in read_page("embedding")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markdown import Markdown
 
-from prime_async.docs import find_page, page_names, read_page, title_of
+from prime_async.docs import find_page, page_names, read_page, terminal_text, title_of
 from prime_async.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def docs(page: str = "", /) -> int:
     """
     console = Console(highlight=False)
     if page:
-        console.print(Markdown(read_page(_found(page)), hyperlinks=False))
+        console.print(Markdown(terminal_text(_found(page)), hyperlinks=False))
         return 0
     for name in page_names():
         console.print(f"{name:<28} {title_of(read_page(name))}", soft_wrap=True, markup=False)

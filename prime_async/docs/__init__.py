@@ -14,6 +14,7 @@ from prime_async.errors import PrimeAsyncError
 
 PAGES = Path(__file__).parent
 ERRORS = "errors"
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([\w./-]+\.(?:md|svg))(?:#[^)]*)?\)")
 
 
 def page_names() -> tuple[str, ...]:
@@ -25,6 +26,24 @@ def page_names() -> tuple[str, ...]:
 def read_page(name: str) -> str:
     """The Markdown of a page of ``page_names``."""
     return (PAGES / f"{name}.md").read_text(encoding="utf-8")
+
+
+def terminal_text(name: str) -> str:
+    """The page as :func:`read_page` has it, but where it links to another it says how to show that in a terminal.
+
+    A link whose text is the name of a page about an error is that name alone. A picture is the path of its file.
+    """
+
+    def said(link: re.Match[str]) -> str:
+        picture, text, path = link.groups()
+        target = ((PAGES / name).parent / path).resolve()
+        if picture:
+            return f"{text}: {target}"
+        page = target.relative_to(PAGES.resolve()).with_suffix("").as_posix()
+        is_name = page == f"{ERRORS}/{text}"
+        return text if is_name else f"{text} (`prime-async docs {page}`)"
+
+    return LINK.sub(said, read_page(name))
 
 
 def find_page(name: str) -> str | None:
