@@ -161,6 +161,17 @@ def test_the_line_that_init_prints_makes_a_node_of_the_same_run(tmp_path: Path) 
     assert len(theirs.node.join) == 1
 
 
+def test_init_says_how_to_join_with_a_string_that_brings_the_settings_of_the_run(tmp_path: Path) -> None:
+    """A founder is told of `invite`, which works as printed; a joiner of `join`, and that [run] was not fetched."""
+    founder = run("init", tmp_path / "first", "--set=node.advertise=10.1.2.3").stdout
+    line = next(text.strip() for text in founder.splitlines() if text.strip().startswith("prime-async invite"))
+    assert run(*line.split()[1:]).stdout.startswith("prime-async:")
+
+    joiner = run("init", tmp_path / "second", "--join", f"{'a' * 64}@10.1.2.3:7700").stdout
+    assert f"[run] of {tmp_path / 'second' / 'node.toml'} is what --set said and the defaults" in joiner
+    assert "`prime-async join STRING`" in joiner
+
+
 def test_init_overwrites_nothing(tmp_path: Path) -> None:
     run("init", tmp_path)
     before = (tmp_path / "node.toml").read_bytes(), (tmp_path / "node.key").read_bytes()

@@ -31,14 +31,18 @@ def init(
     join: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     set_: Annotated[tuple[str, ...], Parameter(name="--set", negative="")] = (),
 ) -> int:
-    """Write a commented node.toml and a key, and print the line with which others join.
+    """Write a commented node.toml and a key, and say how others join.
+
+    Whoever was sent a string by a member uses `prime-async join STRING` instead: it fetches the run's settings too.
 
     Parameters
     ----------
     directory
         Where to write; made if it is not there. Nothing that is there is overwritten.
     join
-        A member of the run to join, KEY@HOST:PORT; several for more than one. Without: this node founds a run.
+        A member of the run to join, KEY@HOST:PORT; several for more than one. The settings of the run are not fetched:
+        those that are not at their default have to be --set, as in the line that `init` prints there. Without: this
+        node founds a run.
     set_
         A setting other than its default, as TOML: run.model="llama-10m" or node.port=7800. Can be repeated.
     """
@@ -69,11 +73,29 @@ def write_node(directory: Path, config: Config) -> None:
     say(f"This node's public key:\n\n  {key.id}\n")
     if config.node.join:
         say("Ask whoever runs a member you join to add that key to their allowed-keys.txt. Then, here:\n")
+        say(_start(path))
+        say(_about_the_settings(path))
     else:
-        say("Others join with this line, on their machine:\n")
+        say("Now, here:\n")
+        say(_start(path))
+        say("While it runs, others `prime-async join STRING`, and get the run's settings so. This prints the string:\n")
+        say(f"  prime-async invite {path}\n")
+        say("Or by hand: they run this line, which holds the settings of [run] as they are now,\n")
         say(f"  {_join_line(key.id, config)}\n")
-        say(f"and you let each of them in by adding the key it prints to {allow_file}. Then, here:\n")
-    say(f"  prime-async check {path}\n  prime-async run {path}")
+        say(f"and you let each of them in by adding the key it prints to {allow_file}.")
+
+
+def _start(path: Path) -> str:
+    return f"  prime-async check {path}\n  prime-async run {path}\n"
+
+
+def _about_the_settings(path: Path) -> str:
+    """What a joiner has to know of [run], which nobody sent it."""
+    return (
+        f"[run] of {path} is what --set said and the defaults. It must be as the members have it: where it is not they "
+        "refuse this node, and say which settings differ. To get [run] from them, and be let in without that list, ask "
+        "one of them for what `prime-async invite` prints, and use `prime-async join STRING` instead."
+    )
 
 
 def configuration(join: tuple[str, ...], assignments: tuple[str, ...], run: Mapping[str, Any] | None = None) -> Config:
