@@ -10,6 +10,7 @@ import pytest
 from blake3 import blake3
 from msgspec.structs import replace
 
+from prime_async.machines.catchup import ROUNDS_AT_ONCE
 from prime_async.machines.checkpoint import Checkpoint, CheckpointSettings
 from prime_async.machines.facts import (
     CatchUpStarted,
@@ -20,6 +21,7 @@ from prime_async.machines.facts import (
     StateMended,
     StateNowhere,
 )
+from prime_async.machines.providers import MAX_PLACING
 from prime_async.machines.vocabulary import (
     AdoptRound,
     Advance,
@@ -332,6 +334,29 @@ def test_what_is_asked_for_is_spread_over_the_members() -> None:
         fast += [f for f in pending[before:] if f.peer == "n3"]
         assert all(f.peer == "n3" for f in pending[before:]), "who has delivered is asked for the next"
     assert Counter(f.peer for f in pending)["n3"] > 10
+
+
+def test_no_more_is_asked_for_than_the_disk_keeps_up_with() -> None:
+    """Given a disk that stores nothing, then chunks are asked for up to a bound; and the rest when they are stored.
+
+    Defect: all that was missed came into memory, however slow the disk was.
+    """
+    stored: list[ChunkKey] = []
+
+    def store_nothing(effect: Effect) -> Event | None:
+        if not isinstance(effect, StoreChunk):
+            return None
+        stored.append(effect.key)
+        return Tick()  # time goes on, and nothing else
+
+    rig = behind(0, 30, on_effect=store_nothing)
+    rig.begin()
+    under_way = 2 * rig.settings.window
+    assert MAX_PLACING <= len(stored) < MAX_PLACING + under_way < ROUNDS_AT_ONCE * CHUNKS
+
+    rig.on_effect = lambda _: None
+    rig.give(*(ChunkStored(key=key) for key in stored))
+    assert rig.is_settled
 
 
 def test_rounds_that_pass_meanwhile_are_means_to_fetch_like_the_others() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from prime_async.machines.attempt import SETTLED, mean_key
 from prime_async.machines.catchup import manifest_key, record_key, state_key
-from prime_async.machines.providers import Download, Providers
+from prime_async.machines.providers import MAX_PLACING, Download, Providers
 from prime_async.machines.vocabulary import CancelFetch, CancelFetches, Effect, Fetch, FetchFault
 from prime_async.messages import ChunkKey, Holdings
 from tests.machine_harness import full_member, of, view
@@ -113,6 +113,31 @@ def test_each_member_is_asked_for_a_few_at_a_time_and_for_the_next_when_one_has_
     assert after.peer == "n1"
     assert after.key.round == 6
     assert loading.bytes_come == 7
+
+
+def test_nothing_more_is_asked_for_while_too_many_chunks_that_came_are_not_in_their_place() -> None:
+    """And what is in its place, was found to be wrong, or is given up does not count."""
+    loading = download("n0", window=MAX_PLACING)
+    keys = means(range(3 * MAX_PLACING))
+    loading.want(keys)
+    pumped(loading)
+    for key in keys[:MAX_PLACING]:
+        came(loading, "n0", key, 1)
+    assert pumped(loading) == []
+    loading.want([record_key(0)], first=True)
+    assert pumped(loading) == []
+
+    loading.done(keys[0])
+    assert pumped(loading) != []
+    came(loading, "n0", keys[MAX_PLACING], 1)
+    assert pumped(loading) == []
+    loading.failed(0.0, "n0", keys[1], "gone")
+    assert len(loading.placing) == MAX_PLACING - 1
+    loading.forget(keys[2].round, [])
+    assert len(loading.placing) == MAX_PLACING - 2
+    loading.give_up([])
+    loading.want(keys)
+    assert pumped(loading) != []
 
 
 def test_nothing_is_asked_for_twice() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from prime_async.machines.catchup import manifest_key, state_key
 from prime_async.machines.facts import FileFetched, FileNowhere, LedgerTrouble
-from prime_async.machines.sharing import MAX_STORING, NOWHERE_AFTER, Sharing, SharingSettings
+from prime_async.machines.providers import MAX_PLACING
+from prime_async.machines.sharing import NOWHERE_AFTER, Sharing, SharingSettings
 from prime_async.machines.vocabulary import (
     CancelFetch,
     ChunkStored,
@@ -233,7 +234,7 @@ def test_no_more_is_asked_for_than_the_disk_keeps_up_with() -> None:
         fetch = waiting.pop(0)
         stored.append(fetch.key)
         waiting += of(Fetch, came(machine, fetch.peer, fetch.key))
-    assert MAX_STORING <= len(stored) < MAX_STORING + 4
+    assert MAX_PLACING <= len(stored) < MAX_PLACING + 4
 
     for key in stored[:8]:
         waiting += of(Fetch, machine.handle(0.0, ChunkStored(key=key)))

@@ -6,6 +6,7 @@ The rules:
   above it (:mod:`~prime_async.machines.records`); they say what each mean must be, and what the outer state was. A
   manifest of that digest says what each chunk of a snapshot must be.
 * All goes to disk, and what is there already, from an earlier start, is not fetched again.
+* What comes faster than the disk takes it is not asked for (:mod:`~prime_async.machines.providers`).
 * A few rounds are worked on at once, the oldest first; a snapshot before them.
 """
 

@@ -7,6 +7,8 @@ The rules:
 * When nothing is left to ask for, a member that has nothing to do is asked for what another was asked for and has not
   come to yet, or is slow with: for twice as long as this one needed for its last. The first to come counts, and the
   other is told to leave it.
+* No more is asked for while too many chunks that came are not in their place yet: where the disk is slower than the
+  network, memory does not fill up.
 * Who says that a chunk is gone is not asked for it again before it has said anew what it has. Who is late or cannot be
   reached is left alone for a while. Who sends what does not fit is not asked any more.
 """
@@ -23,6 +25,8 @@ from prime_async.messages import ChunkKey, Holdings, View
 
 LOOK_AHEAD = 64
 """So many of the chunks that are wanted are looked at for one that a member with time has."""
+MAX_PLACING = 16
+"""Chunks that have come and are not in their place yet. Those that are under way then may still come."""
 
 
 @dataclass(slots=True)
@@ -84,13 +88,17 @@ class Providers:
 
 @dataclass(slots=True)
 class Download:
-    """Gets of the ledger's chunks from whoever has them. ``wanted``: until it is where it belongs (``done``)."""
+    """Gets of the ledger's chunks from whoever has them.
+
+    ``wanted``: until it is where it belongs (``done``). ``placing``: the chunks of these that have come.
+    """
 
     providers: Providers
     timeout_s: float
     waiting: deque[ChunkKey] = field(default_factory=deque)
     under_way: dict[ChunkKey, dict[str, float]] = field(default_factory=dict)  # who is asked, at most two, since when
     wanted: set[ChunkKey] = field(default_factory=set)
+    placing: set[ChunkKey] = field(default_factory=set)
     bytes_come: int = 0
 
     def want(self, keys: Iterable[ChunkKey], *, first: bool = False) -> None:
@@ -103,7 +111,9 @@ class Download:
             self.waiting.extend(new)
 
     def pump(self, now: float, out: list[Effect]) -> None:
-        """Ask for as much as the windows allow."""
+        """Ask for as much as the windows allow, unless what came has not been placed."""
+        if len(self.placing) >= MAX_PLACING:
+            return
         while self.waiting:
             chosen = self._choose(now)
             if chosen is None:
@@ -125,7 +135,7 @@ class Download:
             for key, asked in reversed(self.under_way.items()):
                 (peer, since), *others = asked.items()
                 late = self.providers.busy[peer] > 1 or now - since > 2 * needed_s
-                if late and not others and key.kind in ("state", "mean") and self.providers.has(idle, key):
+                if late and not others and _is_chunk(key) and self.providers.has(idle, key):
                     self._ask(now, idle, key, out)
                     break
 
@@ -150,15 +160,19 @@ class Download:
             out.append(CancelFetch(peer=other, key=key))
             self._ended(other, key)
         self.bytes_come += size
+        if _is_chunk(key):
+            self.placing.add(key)
         return True
 
     def done(self, key: ChunkKey) -> None:
         """It is where it belongs."""
         self.wanted.discard(key)
+        self.placing.discard(key)
 
     def failed(self, now: float, peer: str, key: ChunkKey, fault: FetchFault) -> None:
         """It did not come, or had come and was found to be wrong: ask another."""
         came = key in self.wanted and key not in self.under_way and key not in self.waiting
+        self.placing.discard(key)
         if self._ended(peer, key) or came:
             self.providers.blame(now, peer, key, fault)
             if key not in self.under_way:
@@ -192,12 +206,19 @@ class Download:
             self._ended(peer, key)
         self.waiting = deque(key for key in self.waiting if key.round != round)
         self.wanted = {key for key in self.wanted if key.round != round}
+        self.placing = {key for key in self.placing if key.round != round}
 
     def give_up(self, out: list[Effect]) -> None:
-        """All of it."""
+        """All of it. What has come and is still being placed counts no more."""
         if self.under_way:
             out.append(CancelFetches())
         for key, peer in self._asked:
             self._ended(peer, key)
         self.waiting.clear()
         self.wanted.clear()
+        self.placing.clear()
+
+
+def _is_chunk(key: ChunkKey) -> bool:
+    """Of a state or of means; records and manifests are small, and are read at once."""
+    return key.kind in ("state", "mean")

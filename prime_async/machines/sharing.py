@@ -10,7 +10,6 @@ The checkpoint actor's machine where there is no ledger. The rules:
   (:mod:`~prime_async.machines.providers`). What came stays, whoever dies.
 * A chunk that is not as the manifest says, or a manifest without its digest, is asked of others, and of the member that
   sent it nothing any more.
-* No more chunks are asked for while too many that came are not on disk yet.
 * Several files may be wanted at once. If nobody has one that is said, once, and it is waited for.
 """
 
@@ -55,10 +54,6 @@ NOWHERE_AFTER = 10
 """After so many times of asking in vain it is said that nobody has the file."""
 
 
-MAX_STORING = 16
-"""Chunks that have come, and are not stored."""
-
-
 class SharingSettings(Struct, frozen=True, kw_only=True):
     """What a sharing machine is made with. ``window``: gets under way from each member."""
 
@@ -87,7 +82,6 @@ class Sharing:
     settings: SharingSettings
     here: tuple[int, ...] = ()
     files: dict[int, Wanted] = field(default_factory=dict)
-    storing: set[ChunkKey] = field(default_factory=set)
     asked_at: float | None = None
     wake_at: float | None = None
     providers: Providers = field(init=False)
@@ -133,7 +127,6 @@ class Sharing:
     def _leave(self, number: int, out: list[Effect]) -> None:
         if self.files.pop(number, None) is not None:
             self.download.forget(number, out)
-            self.storing = {key for key in self.storing if key.round != number}
 
     def _on_message(self, peer: str, message: Message, out: list[Effect]) -> None:
         if peer not in self.providers.members:
@@ -152,8 +145,7 @@ class Sharing:
         if self.asked_at is None or now >= self.asked_at + self.settings.ask_again_s:
             self.asked_at = now
             self._ask(now, out)
-        if len(self.storing) < MAX_STORING:
-            self.download.pump(now, out)
+        self.download.pump(now, out)
         at = self.asked_at + self.settings.ask_again_s
         if self.wake_at is None or self.wake_at > at:
             self.wake_at = at
@@ -176,7 +168,6 @@ class Sharing:
                 if self.download.came(now, peer, key, size, out):
                     self._take(peer, key, size, out)
             case FetchFailed(peer=peer, key=key, fault=fault):
-                self.storing.discard(key)
                 self.download.failed(now, peer, key, fault)
             case ManifestRead():
                 self._on_manifest(event, out)
@@ -199,7 +190,6 @@ class Sharing:
         else:
             file.come += size
             file.givers.add(peer)
-            self.storing.add(key)
             out.append(StoreChunk(peer=peer, key=key))
 
     def _on_manifest(self, read: ManifestRead, out: list[Effect]) -> None:
@@ -219,7 +209,6 @@ class Sharing:
 
     def _on_stored(self, key: ChunkKey, out: list[Effect]) -> None:
         self.download.done(key)
-        self.storing.discard(key)
         file = self.files.get(key.round)
         if file is not None and file.filling is not None and file.filling.missing is not None:
             file.filling.missing.discard(key.chunk)
