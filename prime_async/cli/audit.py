@@ -33,8 +33,6 @@ def audit(
     folders
         What the nodes' `audit = "..."` named, or folders that hold those. All nodes' together: a mean is checked if
         the contributions of all that it names are there.
-    json_
-        Print one JSON object as the last line of stdout; the text goes to stderr.
     """
     found = audit_folders(folders)
     _say(found, Console(stderr=json_, soft_wrap=True, highlight=False, markup=False))

@@ -6,13 +6,11 @@ import json
 from dataclasses import asdict
 from typing import Annotated
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prime_async.cli.options import SEVERAL, Count, Json, NotNegative
+from prime_async.cli.options import SEVERAL, Cores, Count, Fragments, Json, LongestRtt, ManyNodes
 from prime_async.errors import ConfigError
 from prime_async.plan import Setup
 from prime_async.utilisation import TARGETS, Need, needs
@@ -22,11 +20,11 @@ def bandwidth(
     *,
     parameters: Annotated[list[float], SEVERAL] = [1e9, 1e10, 1e11],  # noqa: B006  (kept)
     step_s: Annotated[list[float], SEVERAL] = [0.1, 0.8, 4.9],  # noqa: B006
-    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=65536))] = 2,
-    rtt_ms: NotNegative = 100.0,
+    nodes: ManyNodes = 2,
+    rtt_ms: LongestRtt = 100.0,
     inner_steps: Count = 100,
-    fragments: Count = 10,
-    cores: Count = 16,
+    fragments: Fragments = 10,
+    cores: Cores = 16,
     json_: Json = False,
 ) -> int:
     """Say how many Gbit/s each mode needs so that 50 to 99 % of the time goes into training.
@@ -40,18 +38,8 @@ def bandwidth(
         Of each model; 1e9 for 1 B.
     step_s
         Seconds of an inner step, for each model.
-    nodes
-        How many.
-    rtt_ms
-        Round trip between the two most distant nodes.
     inner_steps
         H, a multiple of fragments.
-    fragments
-        Of mode streaming.
-    cores
-        Of a node, for encoding and the like.
-    json_
-        Print one JSON object instead.
     """
     _check(parameters, step_s, inner_steps, fragments)
     found = []

@@ -22,7 +22,7 @@ from prime_async.bench.exchange import GROUPS, ExchangeBench, measure
 from prime_async.bench.peers import PeerName, choose
 from prime_async.cli.bench_peers import peers_table
 from prime_async.cli.demo_report import size
-from prime_async.cli.options import SEVERAL, ChunkElements, Flag, Json, Repetitions
+from prime_async.cli.options import SEVERAL, ChunkElements, Flag, Json, Repetitions, Runs
 from prime_async.cli.report import report
 
 app = App(name="bench", help="Measure this program on this machine.")
@@ -64,8 +64,6 @@ def exchange(
         group), or all that are. Each result is compared with the exact mean.
     plain
         Without the group that is encrypted.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     chosen = choose(peers)
     bench = ExchangeBench(
@@ -78,7 +76,7 @@ def exchange(
 def failover(
     *,
     nodes: Annotated[int, Parameter(validator=Number(gte=3, lte=16))] = 4,
-    runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 5,
+    runs: Runs = 5,
     failure_timeout_s: Annotated[float, Parameter(validator=Number(gt=2, lte=3600))] = 10.0,
     json_: Json = False,
 ) -> int:
@@ -94,8 +92,6 @@ def failover(
         Kills of each kind.
     failure_timeout_s
         As run.failure_timeout_s: without waiting for it nobody can tell a dead node from a slow one.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     bench = failovers.FailoverBench(nodes=nodes, runs=runs, failure_timeout_s=failure_timeout_s)
     return report(partial(_measure_failover, bench), (_failover_table,), json_)
@@ -105,7 +101,7 @@ def failover(
 def restart(
     *,
     models: Annotated[list[str], SEVERAL] = ["llama-10m", "llama-100m"],  # noqa: B006  (kept)
-    runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 3,
+    runs: Runs = 3,
     json_: Json = False,
 ) -> int:
     """Kill a node, and time how long it takes to be back with what is on its disk; and how much memory it had.
@@ -118,8 +114,6 @@ def restart(
         Named sizes; of two or more the memory per parameter is told, without what every process takes.
     runs
         Kills of each.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     return report(partial(_measure_restart, models, runs), (_restart_table,), json_)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from prime_async.bench.bytes import BytesBench, measure
 from prime_async.cli.demo_report import size
-from prime_async.cli.options import SEVERAL, Count, Flag, Json, Nodes, Positive, Repetitions
+from prime_async.cli.options import SEVERAL, Count, Flag, Json, Model, Nodes, Positive, Repetitions
 from prime_async.cli.report import report
 from prime_async.config.schema import CodecName
 
@@ -21,7 +21,7 @@ from prime_async.config.schema import CodecName
 def bytes_(
     *,
     nodes: Nodes = 4,
-    model: str = "llama-10m",
+    model: Model = "llama-10m",
     codecs: Annotated[list[CodecName], SEVERAL] = ["int8", "int4"],  # noqa: B006
     inner_steps: Count = 500,
     rounds: Repetitions = 1,
@@ -40,8 +40,6 @@ def bytes_(
     ----------
     nodes
         How many.
-    model
-        As run.model.
     codecs
         As run.exchange.codec, of contributions and means; one run for each.
     inner_steps
@@ -54,8 +52,6 @@ def bytes_(
         Seconds of a real inner step, for the last column.
     error_feedback
         As run.exchange.error_feedback: sparse codecs need it; it does not change what is sent.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     bench = BytesBench(
         nodes=nodes,

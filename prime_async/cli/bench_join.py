@@ -8,15 +8,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.join import TOKEN_PARAMETERS, JoinBench, measure, tokens_for
 from prime_async.cli.demo_report import size
-from prime_async.cli.options import SEVERAL, Json, NotNegative, Positive
+from prime_async.cli.options import SEVERAL, Congestion, Json, LinkRtt, Positive, Runs
 from prime_async.cli.report import report
 from prime_async.errors import ConfigError
 
@@ -26,9 +24,9 @@ def join(
     parameters: Positive = 8e6,
     up_mbit: Annotated[list[float], SEVERAL] = [40.0, 40.0, 40.0],  # noqa: B006  (not changed)
     down_mbit: Positive = 100.0,
-    rtt_ms: NotNegative = 20.0,
-    congestion: Annotated[list[str], SEVERAL] = ["cubic"],  # noqa: B006
-    runs: Annotated[int, Parameter(validator=Number(gte=1, lte=100))] = 3,
+    rtt_ms: LinkRtt = 20.0,
+    congestion: Congestion = ["cubic"],  # noqa: B006
+    runs: Runs = 3,
     json_: Json = False,
 ) -> int:
     """Let a node join a run whose members have slow uplinks, and time how long it fetches the state of the run.
@@ -45,14 +43,8 @@ def join(
         Uplinks of the members, one for each.
     down_mbit
         Downlink of the joiner.
-    rtt_ms
-        Of the links.
-    congestion
-        TCP's control of it: cubic, reno, bbr, as the system offers. Each is measured.
     runs
         Joins of each kind.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     if min(up_mbit, default=0.0) <= 0:
         raise ConfigError([f"--up-mbit is {up_mbit}: expected a rate above 0 for each member, and at least one"])

@@ -18,6 +18,7 @@ from prime_async.cli.demo_report import size
 from prime_async.cli.options import (
     SEVERAL,
     ChunkElements,
+    Congestion,
     Flag,
     Json,
     Nodes,
@@ -39,7 +40,7 @@ def links(
     rtt_ms: Annotated[list[float], SEVERAL] = [20.0, 100.0],  # noqa: B006  (not changed)
     loss: Annotated[list[float], SEVERAL] = [0.0, 0.5],  # noqa: B006
     streams: Annotated[list[int], SEVERAL] = [4],  # noqa: B006
-    congestion: Annotated[list[str], SEVERAL] = ["cubic"],  # noqa: B006
+    congestion: Congestion = ["cubic"],  # noqa: B006
     codec: CodecName = "int8",
     chunk_elements: ChunkElements = 2**17,
     pause_s: NotNegative = 2.0,
@@ -69,8 +70,6 @@ def links(
         Percent of packets lost, for each of these.
     streams
         As node.streams: TCP connections to each peer. Each number is measured.
-    congestion
-        TCP's control of it: cubic, reno, bbr, as the system offers. Each is measured.
     codec
         Of contributions and means, as run.exchange.codec.
     chunk_elements
@@ -80,8 +79,6 @@ def links(
         Between two exchanges, in which the links are idle and TCP forgets how fast they were.
     plain
         Without encryption.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     bench = LinksBench(
         nodes=nodes,

@@ -15,21 +15,21 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.overlap import Measured, OverlapBench, measure_alone, measure_mode, modes_of, rate_for, share
-from prime_async.cli.options import Count, Json, Nodes, NotNegative
+from prime_async.cli.options import Count, Fragments, Json, LinkRtt, LongSteps, MeasuredRounds, Model, TrainingNodes
 from prime_async.cli.report import report
 
 
 def overlap(
     *,
-    nodes: Nodes = 2,
-    model: str = "llama-1m",
-    inner_steps: Annotated[int, Parameter(validator=Number(gte=4))] = 400,
-    rounds: Count = 3,
+    nodes: TrainingNodes = 2,
+    model: Model = "llama-1m",
+    inner_steps: LongSteps = 400,
+    rounds: MeasuredRounds = 3,
     runs: Count = 3,
     exchange_share: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] = 0.17,
     slow_down: Annotated[float, Parameter(validator=Number(gte=1))] = 4.0,
-    fragments: Count = 4,
-    rtt_ms: NotNegative = 40.0,
+    fragments: Fragments = 4,
+    rtt_ms: LinkRtt = 40.0,
     json_: Json = False,
 ) -> int:
     """Train in every mode over slow links, and compare with the same trainers without any exchange.
@@ -39,26 +39,12 @@ def overlap(
 
     Parameters
     ----------
-    nodes
-        How many, with a thread each: no more than there are cores.
-    model
-        As run.model.
-    inner_steps
-        H, a multiple of fragments. Long enough that the exchange's CPU time is little of a round.
-    rounds
-        Exchanges of the whole model that are measured in each run.
     runs
         Of each kind, interleaved; shares are of medians.
     exchange_share
         Of the time, that a blocking exchange is to take: so slow are the links.
     slow_down
         The second half is measured over links that are so many times slower still.
-    fragments
-        Of mode streaming.
-    rtt_ms
-        Of the links.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     bench = OverlapBench(
         nodes=nodes,

@@ -8,15 +8,23 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.overlap import Measured, Mode, OverlapBench, measure_alone, measure_mode, rate_for
 from prime_async.bench.plan import choice_of, compare, modes_of, setup_of
-from prime_async.cli.options import SEVERAL, Count, Json, Nodes, NotNegative
+from prime_async.cli.options import (
+    SEVERAL,
+    Count,
+    Fragments,
+    Json,
+    LinkRtt,
+    LongSteps,
+    MeasuredRounds,
+    Model,
+    TrainingNodes,
+)
 from prime_async.cli.report import report
 from prime_async.config.schema import ContributionCodec
 from prime_async.errors import ConfigError
@@ -28,16 +36,16 @@ ModeName: TypeAlias = Literal["blocking", "overlapped", "streaming", "eager"]
 
 def plan(
     *,
-    nodes: Nodes = 2,
-    model: str = "llama-1m",
+    nodes: TrainingNodes = 2,
+    model: Model = "llama-1m",
     modes: Annotated[list[ModeName], SEVERAL] = ["blocking", "overlapped", "streaming"],  # noqa: B006  (kept)
     codecs: Annotated[list[ContributionCodec], SEVERAL] = ["int8", "int4"],  # noqa: B006
     exchange_shares: Annotated[list[float], SEVERAL] = [0.17, 0.5],  # noqa: B006
-    inner_steps: Annotated[int, Parameter(validator=Number(gte=4))] = 400,
-    rounds: Count = 2,
+    inner_steps: LongSteps = 400,
+    rounds: MeasuredRounds = 2,
     runs: Count = 1,
-    fragments: Count = 4,
-    rtt_ms: NotNegative = 40.0,
+    fragments: Fragments = 4,
+    rtt_ms: LinkRtt = 40.0,
     json_: Json = False,
 ) -> int:
     """Compare what `prime-async plan` says of an exchange with real nodes behind slow links.
@@ -47,28 +55,14 @@ def plan(
 
     Parameters
     ----------
-    nodes
-        How many, with a thread each: no more than there are cores.
-    model
-        As run.model.
     modes
         As run.mode. Each is measured with each codec.
     codecs
         As run.exchange.codec.
     exchange_shares
         Of the time, that a blocking int8 exchange is to take: so slow are the links. Each is measured.
-    inner_steps
-        H, a multiple of fragments. Long enough that the exchange's CPU time is little of a round.
-    rounds
-        Exchanges of the whole model that are measured in each run.
     runs
         Of each kind; medians are compared.
-    fragments
-        Of mode streaming.
-    rtt_ms
-        Of the links.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     """
     if wrong := [s for s in exchange_shares if not 0 < s < 1]:
         raise ConfigError([f"--exchange-shares has {wrong}: expected shares of the time, above 0 and below 1"])

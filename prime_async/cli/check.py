@@ -19,8 +19,6 @@ def check(config: Path, /, *, json_: Json = False) -> int:
     ----------
     config
         The node's TOML file.
-    json_
-        Print one JSON object as the last line of stdout.
     """
     findings = trio.run(preflight, config)
     bad = [f for f in findings if f.verdict == "problem"]

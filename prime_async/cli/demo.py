@@ -66,8 +66,6 @@ def demo(
         How many node processes.
     rounds
         How many rounds, of 50 inner steps each.
-    json_
-        Print one JSON object as the last line of stdout; the table goes to stderr.
     keep
         A new directory for the nodes' files (configuration, log, message log, outer state), which stays afterwards.
     chaos

@@ -55,8 +55,6 @@ def evaluate(
         "auto", "cpu", "cuda" or "cuda:N".
     precision
         What is computed with; auto: bfloat16 where the device has it.
-    json_
-        Print one JSON object as the last line of stdout; the text goes to stderr.
     """
     from prime_async.cli.model import load_model
     from prime_async.work.device import Device, set_threads

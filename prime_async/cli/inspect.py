@@ -41,8 +41,6 @@ def inspect(
         The node's `node.directory`, its TOML file, or the folder that `node.toml` is in.
     verify
         Read every chunk and compare it with its digest.
-    json_
-        Print one JSON object as the last line of stdout; the text goes to stderr.
     """
     return show(node_directory(directory)[0], verify=verify, json_=json_)
 

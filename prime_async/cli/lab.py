@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from prime_async.cli.demo_report import size
-from prime_async.cli.options import SEVERAL, Count, Positive, Repetitions
+from prime_async.cli.options import SEVERAL, Count, Model, Positive, Repetitions
 from prime_async.config.schema import ExchangeSettings, InnerSettings, OuterSettings, RoundSettings, RunSpec
 from prime_async.errors import ConfigError
 from prime_async.lab.experiment import Job, Outcome
@@ -35,7 +35,7 @@ def lab(
     rounds: Count = 50,
     inner_steps: Count = 20,
     learning_rates: Annotated[list[float], SEVERAL] = [2e-3, 4e-3, 8e-3],  # noqa: B006  (not changed)
-    model: str = "llama-360k",
+    model: Model = "llama-360k",
     batch_size: Count = 8,
     sequence_length: Count = 64,
     outer_learning_rate: Positive = 0.7,
@@ -66,8 +66,6 @@ def lab(
         H: from one exchange of the same weights to the next.
     learning_rates
         Of the inner optimiser, to choose from; with one there is nothing to tune.
-    model
-        As run.model.
     batch_size
         As run.inner.batch_size, of each worker.
     sequence_length

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.cli.demo_report import size
-from prime_async.cli.options import Count, Json, NotNegative, Positive
+from prime_async.cli.options import Cores, Count, Fragments, Json, LongestRtt, ManyNodes, NotNegative, Positive
 from prime_async.plan import Forecast, Setup, choices, forecast, recommend
 
 
@@ -23,11 +20,11 @@ def plan(
     step_s: Positive,
     up_mbit: Positive,
     down_mbit: NotNegative = 0.0,
-    nodes: Annotated[int, Parameter(validator=Number(gte=2, lte=65536))] = 4,
-    rtt_ms: NotNegative = 100.0,
+    nodes: ManyNodes = 4,
+    rtt_ms: LongestRtt = 100.0,
     inner_steps: Count = 500,
-    fragments: Count = 4,
-    cores: Count = 4,
+    fragments: Fragments = 4,
+    cores: Cores = 4,
     json_: Json = False,
 ) -> int:
     """Say what each mode will cost over given links, and recommend mode, H and codec to begin with.
@@ -44,18 +41,8 @@ def plan(
         Uplink of the slowest node.
     down_mbit
         Its downlink; 0: as fast as the uplink.
-    nodes
-        How many.
-    rtt_ms
-        Round trip between the two most distant nodes.
     inner_steps
         H of the table.
-    fragments
-        Of mode streaming.
-    cores
-        Of a node, for encoding and the like.
-    json_
-        Print one JSON object instead.
     """
     setup = Setup(
         parameters=round(parameters),

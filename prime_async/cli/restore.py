@@ -29,8 +29,6 @@ def restore(
     ----------
     config
         The node's TOML file: the copy at `node.remote`, which must be of its run, comes into `node.directory`.
-    json_
-        Print what `inspect --json` prints as the last line of stdout; the text goes to stderr.
     """
     settings = load_config(config)
     if not settings.node.remote:
