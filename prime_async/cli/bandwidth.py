@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict
 from typing import Annotated
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.cli.options import SEVERAL, Cores, Count, Fragments, Json, LongestRtt, ManyNodes
+from prime_async.cli.report import figures_table
 from prime_async.errors import ConfigError
 from prime_async.plan import Setup
 from prime_async.utilisation import TARGETS, Need, needs
@@ -84,9 +84,7 @@ def _check(parameters: list[float], step_s: list[float], inner_steps: int, fragm
 
 def _table(setup: Setup, rows: list[Need]) -> Table:
     title = f"{setup.parameters / 1e9:g} B parameters, {setup.step_s:g} s a step"
-    table = Table("time spent training", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for target in TARGETS:
-        table.add_column(f"{target:.0%}", justify="right")
+    table = figures_table(title, ("time spent training",), (f"{target:.0%}" for target in TARGETS))
     for row in rows:
         table.add_row(
             f"paper: {row.name}" if row.published else row.name,

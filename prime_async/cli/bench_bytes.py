@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.bytes import BytesBench, measure
 from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, Count, Flag, Json, Model, Nodes, Positive, Repetitions
-from prime_async.cli.report import report
+from prime_async.cli.report import figures_table, report
 from prime_async.config.schema import CodecName
 
 
@@ -71,7 +69,7 @@ async def _measure(bench: BytesBench, codecs: list[CodecName], console: Console)
         console.print(f"{codec}: {bench.nodes} nodes, {bench.rounds} rounds of {bench.inner_steps} inner steps ...")
         found[codec] = await measure(bench, codec)
         console.print(f"  {found[codec]['reduction']:,.0f} times fewer bytes")
-    return {**asdict(bench), "cores": len(os.sched_getaffinity(0)), "codecs": found}
+    return {**asdict(bench), "codecs": found}
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -81,10 +79,12 @@ def _table(result: dict[str, Any]) -> Table:
         f"{result['nodes']} nodes, {parameters:,} parameters, H = {result['inner_steps']}, one sequence of "
         f"{result['sequence_length']} tokens at a step"
     )
-    table = Table("codec", title=title, title_justify="left", box=box.SIMPLE_HEAD)
     reckoned = f"at {result['step_s']:g} s a step"
-    for name in ("sent", "data-parallel", "times fewer", "a round took", "heartbeats", reckoned, "bitwise equal"):
-        table.add_column(name, justify="right")
+    table = figures_table(
+        title,
+        ("codec",),
+        ("sent", "data-parallel", "times fewer", "a round took", "heartbeats", reckoned, "bitwise equal"),
+    )
     for codec, figures in result["codecs"].items():
         idle, ratio = figures["heartbeat_bytes_per_s"], figures["reckoned_reduction"]
         table.add_row(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.join import TOKEN_PARAMETERS, JoinBench, measure, tokens_for
 from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, Congestion, Json, LinkRtt, Positive, Runs
-from prime_async.cli.report import report
+from prime_async.cli.report import figures_table, report
 from prime_async.errors import ConfigError
 
 
@@ -70,7 +68,6 @@ async def _measure(bench: JoinBench, congestion: list[str], runs: int, console: 
         "parameters": bench.tokens * TOKEN_PARAMETERS,
         "limit_mbit": bench.limit_mbit,
         "ideal_s": bench.ideal_s,
-        "cores": len(os.sched_getaffinity(0)),
         "congestion": cases,
     }
 
@@ -82,9 +79,7 @@ def _table(result: dict[str, Any]) -> Table:
         f"a joiner fetches the state of {result['parameters']:,} parameters: {ups} Mbit/s up, "
         f"{result['down_mbit']:g} down, {result['rtt_ms']:g} ms; the links allow {result['ideal_s']:.2f} s"
     )
-    table = Table("TCP", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("median", "least", "most", "share of the links", "fetched", "on the wire"):
-        table.add_column(name, justify="right")
+    table = figures_table(title, ("TCP",), ("median", "least", "most", "share of the links", "fetched", "on the wire"))
     for control, case in result["congestion"].items():
         seconds = [run["seconds"] for run in case["runs"]]
         table.add_row(

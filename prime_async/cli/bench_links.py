@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich import box
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from prime_async.bench.links import TCP_SHARE, LinkCase, LinksBench, measure
 from prime_async.cli.demo_report import size
@@ -26,7 +24,7 @@ from prime_async.cli.options import (
     Positive,
     Repetitions,
 )
-from prime_async.cli.report import report
+from prime_async.cli.report import figures_table, report
 from prime_async.config.schema import CodecName
 from prime_async.errors import ConfigError
 
@@ -115,7 +113,7 @@ async def _measure(bench: LinksBench, cases: list[LinkCase], console: Console) -
         figures = {**asdict(case), **await measure(bench, case)}
         console.print(f"  {figures['median_s']:.2f} s, {figures['share']:.1%} of the links")
         found.append(figures)
-    return {**asdict(bench), "tcp_share": TCP_SHARE, "cores": len(os.sched_getaffinity(0)), "cases": found}
+    return {**asdict(bench), "tcp_share": TCP_SHARE, "cases": found}
 
 
 def _name(case: dict[str, Any]) -> str:
@@ -132,9 +130,8 @@ def _table(result: dict[str, Any]) -> Table:
         f"{size(first['link_payload_bytes'])} of payloads over each link, each way, "
         f"{first['ideal_s']:.2f} s at {first['rate_mbit']:g} Mbit/s"
     )
-    table = Table(Column("links", no_wrap=True), title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("median", "share", "range", "of TCP", "filled", "equal"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("median", "share", "range", "of TCP", "filled", "equal")
+    table = figures_table(title, ("links",), names, no_wrap=True)
     for case in result["cases"]:
         table.add_row(
             _name(case),
@@ -151,9 +148,7 @@ def _table(result: dict[str, Any]) -> Table:
 def _phases(result: dict[str, Any]) -> Table:
     """Where the time went, one row a kind of link."""
     names = list(result["cases"][0]["phases_s"])
-    table = Table("s", *names, title="one phase after the other, mean of all nodes", box=box.SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = figures_table("one phase after the other, mean of all nodes", ("s",), names)
     for case in result["cases"]:
         table.add_row(_name(case), *(f"{case['phases_s'][name]:.2f}" for name in names))
     return table

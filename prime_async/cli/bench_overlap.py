@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -10,13 +9,12 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.overlap import Measured, OverlapBench, measure_alone, measure_mode, modes_of, rate_for, share
 from prime_async.cli.options import Count, Fragments, Json, LinkRtt, LongSteps, MeasuredRounds, Model, TrainingNodes
-from prime_async.cli.report import report
+from prime_async.cli.report import figures_table, report
 
 
 def overlap(
@@ -77,7 +75,6 @@ async def _measure(bench: OverlapBench, runs: int, console: Console) -> dict[str
         **asdict(bench),
         "parameters": parameters,
         "rate_mbit": round(rate, 3),
-        "cores": len(os.sched_getaffinity(0)),
         "alone": [asdict(m) for m in alone],
         "modes": {name: _figures(alone, measured) for name, measured in found.items()},
     }
@@ -103,9 +100,9 @@ def _table(result: dict[str, Any]) -> Table:
         f"{result['nodes']} nodes, {result['parameters']:,} parameters, H = {result['inner_steps']}, "
         f"{result['rate_mbit']:.2f} Mbit/s, {result['rtt_ms']:g} ms; slow: {result['slow_down']:g} times slower"
     )
-    table = Table("mode", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("time spent training", "least", "most", "H steps take", "exchange", "CPU of it"):
-        table.add_column(name, justify="right")
+    table = figures_table(
+        title, ("mode",), ("time spent training", "least", "most", "H steps take", "exchange", "CPU of it")
+    )
     for name, figures in result["modes"].items():
         shares = (figures["share"], min(figures["shares"]), max(figures["shares"]))
         table.add_row(

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.table import Column, Table
+from rich.table import Table
 
 from prime_async.bench.exchange import GROUPS
 from prime_async.cli.demo_report import size
+from prime_async.cli.report import figures_table
 
 NAMES = ("median", "ratio", "wire", "CPU", "error", "equal")
 
 
 def peers_table(result: dict[str, Any]) -> Table:
     """One row for each mode of ours, gloo, and each setting of a peer beside it; or why it failed."""
-    table = Table(
-        "",
-        *(Column(name, justify="right") for name in NAMES),
-        title="beside others, in the same processes (ratio: ours to theirs; CPU: seconds of a process)",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
+    title = "beside others, in the same processes (ratio: ours to theirs; CPU: seconds of a process)"
+    table = figures_table(title, ("",), NAMES)
     for mode in GROUPS:
         if mode in result:
             table.add_row(f"ours, {mode}", *_cells({**result[mode], "ratio": 1.0}))
             for name, figures in result[mode]["peers"].items():
                 table.add_row(name, *_cells(figures))
+    table.caption_justify = "left"
     table.caption = "\n".join(
         f"{name} failed: {figures['failed']}"
         for mode in GROUPS

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeAlias
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +23,7 @@ from prime_async.cli.options import (
     Model,
     TrainingNodes,
 )
-from prime_async.cli.report import report
+from prime_async.cli.report import figures_table, report
 from prime_async.config.schema import ContributionCodec
 from prime_async.errors import ConfigError
 from prime_async.plan import Choice, Setup
@@ -106,7 +104,6 @@ async def _measure(bench: OverlapBench, cases: list[Case], runs: int, console: C
         **{name: value for name, value in asdict(bench).items() if name not in {"exchange_share", "slow_down"}},
         "parameters": parameters,
         "step_s": bench.nodes / usual.steps_per_s,
-        "cores": len(os.sched_getaffinity(0)),
         "alone": list(map(asdict, alone)),
         "cases": rows,
     }
@@ -130,9 +127,7 @@ def _table(result: dict[str, Any]) -> Table:
         f"{result['nodes']} nodes, {result['parameters']:,} parameters, H = {result['inner_steps']}, "
         f"{1000 * result['step_s']:.1f} ms a step, {result['rtt_ms']:g} ms: predicted, measured, error"
     )
-    table = Table("mode", "codec", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("Mbit/s", "exchange", "", "", "training", "", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table(title, ("mode", "codec"), ("Mbit/s", "exchange", "", "", "training", "", ""), no_wrap=True)
     for case in result["cases"]:
         seconds, part = case["exchange_s"], case["share"]
         table.add_row(

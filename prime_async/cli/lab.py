@@ -15,6 +15,7 @@ from rich.table import Table
 
 from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, Count, Model, Positive, Repetitions
+from prime_async.cli.report import figures_table
 from prime_async.config.schema import ExchangeSettings, InnerSettings, OuterSettings, RoundSettings, RunSpec
 from prime_async.errors import ConfigError
 from prime_async.lab.experiment import Job, Outcome
@@ -141,9 +142,7 @@ def _draw(path: Path, title: str, summaries: list[Summary], outcomes: list[Outco
 
 
 def _table(title: str, summaries: list[Summary]) -> Table:
-    table = Table("method", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("rate", "loss", "gap", "spread", "to", "sent"):
-        table.add_column(name, justify="right")
+    table = figures_table(title, ("method",), ("rate", "loss", "gap", "spread", "to", "sent"))
     for s in summaries:
         gap = f"{s.gap:+.2%}" if s.gaps else ""
         spread = f"{s.gap_spread:.2%}" if math.isfinite(s.gap_spread) else ""

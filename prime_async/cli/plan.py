@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from prime_async.cli.demo_report import size
 from prime_async.cli.options import Cores, Count, Fragments, Json, LongestRtt, ManyNodes, NotNegative, Positive
+from prime_async.cli.report import figures_table
 from prime_async.plan import Forecast, Setup, choices, forecast, recommend
 
 
@@ -71,9 +71,7 @@ def plan(
 
 
 def _table(title: str, found: list[Forecast]) -> Table:
-    table = Table("mode", "codec", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("sent in H", "steps", "exchange", "training", "delay", "host"):
-        table.add_column(name, justify="right")
+    table = figures_table(title, ("mode", "codec"), ("sent in H", "steps", "exchange", "training", "delay", "host"))
     for f in found:
         table.add_row(
             f.choice.mode,

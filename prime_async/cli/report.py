@@ -1,32 +1,60 @@
-"""What commands that measure do with what they found."""
+"""What commands that measure have in common: how they run, and how they show what they found."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeAlias
 
 import trio
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from prime_async.actors.groups import single_errors
 
 Figures: TypeAlias = dict[str, Any]
+Measure: TypeAlias = Callable[[Console], Awaitable[Figures]]
 
 
-def report(
-    measure: Callable[[Console], Awaitable[Figures]], tables: tuple[Callable[[Figures], Table], ...], json_: bool
-) -> int:
+def report(measure: Measure, tables: tuple[Callable[[Figures], Table], ...], json_: bool) -> int:
     """Measure, telling a console how it goes, and print what was found: tables, and as JSON if that is wanted.
 
-    The JSON is the last line of stdout; all else goes to stderr then. Returns the exit status.
+    ``cores``, how many it was measured on, is added to it. The JSON is the last line of stdout; all else goes to stderr
+    then. SIGTERM is taken for Ctrl-C, so that whatever was started is ended in either case. Returns the exit status.
     """
     console = Console(stderr=json_, highlight=False)
     with single_errors():
-        result = trio.run(measure, console)
+        result = trio.run(_measured, measure, console)
     for table in tables:
         console.print(table(result))
     if json_:
         print(json.dumps(result))
     return 0
+
+
+async def _measured(measure: Measure, console: Console) -> Figures:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_interrupt_on_sigterm)
+        result = await measure(console)
+        nursery.cancel_scope.cancel()
+    return {**result, "cores": len(os.sched_getaffinity(0))}
+
+
+async def _interrupt_on_sigterm() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            raise KeyboardInterrupt
+
+
+def figures_table(title: str, labels: Iterable[str], figures: Iterable[str], *, no_wrap: bool = False) -> Table:
+    """An empty table, whose rows begin with ``labels``, on the left, and go on with ``figures``, on the right."""
+    return Table(
+        *(Column(name, no_wrap=no_wrap) for name in labels),
+        *(Column(name, no_wrap=no_wrap, justify="right") for name in figures),
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
