@@ -69,6 +69,14 @@ def test_every_command_explains_itself(name: str) -> None:
     assert "Usage: prime-async" in run(name, "--help").stdout
 
 
+@pytest.mark.parametrize("arguments", [(), ("bench",)])
+def test_the_list_of_commands_says_what_each_does(arguments: tuple[str, ...]) -> None:
+    listed = run(*arguments, "--help", env={**os.environ, "COLUMNS": "200"}).stdout.splitlines()
+    commands = [line.strip("│ ") for line in listed if re.match("│ [a-z]", line)]
+    assert len(commands) > 7
+    assert all(re.fullmatch(r"[a-z]+ +[A-Z].*\.", command) for command in commands), commands
+
+
 def test_commands_that_do_not_train_start_without_torch() -> None:
     """Given what a user runs to begin, when it is imported, then torch is not: it takes a second."""
     names = ("init", "invite", "check", "join", "docs", "status", "run", "demo")

@@ -6,6 +6,7 @@ import sys
 
 from cyclopts import App
 
+from prime_async.cli.commands import add_commands
 from prime_async.docs import page_of
 from prime_async.errors import ConfigError, PrimeAsyncError
 
@@ -13,29 +14,34 @@ app = App(
     name="prime-async",
     help="Train one language model on computers that belong to many people, over ordinary internet links.",
 )
-app.command("prime_async.cli.demo:demo", name="demo")
-app.command("prime_async.cli.init:init", name="init")
-app.command("prime_async.cli.invite:invite", name="invite")
-app.command("prime_async.cli.join:join", name="join")
-app.command("prime_async.cli.import_:import_", name="import")
-app.command("prime_async.cli.check:check", name="check")
-app.command("prime_async.cli.run:run", name="run")
-app.command("prime_async.cli.status:status", name="status")
-app.command("prime_async.cli.recover:recover", name="recover")
-app.command("prime_async.cli.inspect:inspect", name="inspect")
-app.command("prime_async.cli.restore:restore", name="restore")
-app.command("prime_async.cli.export:export", name="export")
-app.command("prime_async.cli.generate:generate", name="generate")
-app.command("prime_async.cli.evaluate:evaluate", name="eval")
-app.command("prime_async.cli.data:data", name="data")
-app.command("prime_async.cli.replay:replay", name="replay")
-app.command("prime_async.cli.audit:audit", name="audit")
-app.command("prime_async.cli.bench:app", name="bench")
-app.command("prime_async.cli.simulate:simulate", name="simulate")
-app.command("prime_async.cli.lab:lab", name="lab")
-app.command("prime_async.cli.plan:plan", name="plan")
-app.command("prime_async.cli.bandwidth:bandwidth", name="bandwidth")
-app.command("prime_async.cli.docs:docs", name="docs")
+add_commands(
+    app,
+    {
+        "demo": "demo:demo",
+        "init": "init:init",
+        "invite": "invite:invite",
+        "join": "join:join",
+        "import": "import_:import_",
+        "check": "check:check",
+        "run": "run:run",
+        "status": "status:status",
+        "recover": "recover:recover",
+        "inspect": "inspect:inspect",
+        "restore": "restore:restore",
+        "export": "export:export",
+        "generate": "generate:generate",
+        "eval": "evaluate:evaluate",
+        "data": "data:data",
+        "replay": "replay:replay",
+        "audit": "audit:audit",
+        "simulate": "simulate:simulate",
+        "lab": "lab:lab",
+        "plan": "plan:plan",
+        "bandwidth": "bandwidth:bandwidth",
+        "docs": "docs:docs",
+    },
+)
+app.command("prime_async.cli.bench:app", name="bench", help="Measure this program on this machine.")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
