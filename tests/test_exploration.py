@@ -35,6 +35,12 @@ def test_runs_that_begin_with_synchronous_rounds_go_on_after_whatever_goes_wrong
     explore(range(300_000, 300_025), lambda seed: run_schedule(seed, mode, sync_rounds=1 + seed % 8))
 
 
+@pytest.mark.parametrize("seed", [100_441])
+def test_runs_go_on_that_once_stood_still(seed: int) -> None:
+    """Found by the next, which are too long to be run each time."""
+    run_schedule(seed)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("block", range(400))
 def test_many_more_runs_go_on(block: int) -> None:

@@ -26,7 +26,7 @@ from prime_async.machines.facts import (
     ViewAdopted,
 )
 from prime_async.machines.leadership import ContactPoint
-from prime_async.machines.membership import MAX_GOODBYES
+from prime_async.machines.membership import MAX_GOODBYES, Membership
 from prime_async.machines.vocabulary import (
     AskAgain,
     BallotStored,
@@ -811,7 +811,7 @@ def test_the_last_voter_whose_leader_left_before_it_leads_before_it_leaves() -> 
 def test_a_node_that_would_hand_over_says_goodbye_if_there_is_a_leader_after_all() -> None:
     """Given a node that was told to leave while it had no leader, when one is heard, then it does not stay with it."""
     node = joined()
-    node.hands_over = True
+    node.would_leave = True
     assert sent(give(node, 1.0, Tick()), Goodbye)
     assert node.role == "leaving"
 
@@ -885,6 +885,74 @@ def test_a_leaving_leader_does_not_leave_the_run_to_those_who_are_dead() -> None
     assert not sent(give(leader, 2.5, Tick()), Propose)
     effects = hears(leader, 2.6, "n2", beat(epoch=2, view=6))
     assert {m.number for _, m in sent(effects, Propose)} == {7}
+
+
+def test_a_leader_that_alone_has_a_vote_hands_over_to_who_was_heard_since_it_was_told_to_leave() -> None:
+    """Defect: it left the run to a joiner that it did not reach any more, and that had no vote as far as it knew."""
+    leader = leader_with("n1", "n2")
+    hears(leader, 0.5, "n1", beat())
+    hears(leader, 0.5, "n2", beat())
+    give(leader, 1.0, Leave())
+    assert not sent(give(leader, 1.5, Tick()), Goodbye)
+    assert not sent(hears(leader, 1.6, "n1", beat()), Goodbye), "one of two is no majority"
+    assert [p for p, _ in sent(hears(leader, 1.7, "n2", beat()), Goodbye)] == ["n1", "n2"]
+
+
+def test_a_leader_that_has_handed_over_stays_until_somebody_has_the_view_without_it() -> None:
+    """Given that it alone decided the view, then it shows it to who has a vote now, until one has it on disk."""
+    leader, view = handed_over_to_n1()
+    goodbyes = 1
+    for now in (2.1, 2.6, 3.1, 3.6, 4.1):
+        effects = give(leader, now, Tick())
+        goodbyes += len(sent(effects, Goodbye))
+        assert [(p, m.decided, m.view) for p, m in sent(effects, ViewUpdate)] == [("n1", True, view)]
+    assert goodbyes > MAX_GOODBYES
+    hears(leader, 4.2, "n1", Accepted(epoch=1, number=view.number, incarnations=(1,)))
+    assert of(Finish, give(leader, 4.6, Tick()))
+
+
+def test_a_leader_that_has_handed_over_does_not_wait_for_ever() -> None:
+    leader, _ = handed_over_to_n1()
+    assert not of(Finish, ticks(leader, 3, 11))
+    assert of(Finish, ticks(leader, 11, 13))
+
+
+def handed_over_to_n1() -> tuple[Membership, View]:
+    """A founder that has left, at 1.6 s, with a view in which n1, who may not know it yet, has the vote."""
+    leader = leader_with("n1")
+    give(leader, 1.0, Leave())
+    give(leader, 1.5, Tick())
+    hears(leader, 1.6, "n1", beat())
+    assert leader.role == "leaving"
+    assert voters(leader) == ["n1"]
+    assert leader.view is not None
+    return leader, leader.view
+
+
+def test_a_joiner_that_is_shown_that_it_alone_has_a_vote_says_so_and_leads() -> None:
+    """Given the view with which its leader left, then it follows nobody, and stands at once."""
+    node = joined()
+    left = shows(3, member("n1", active=False, voter=True, reachable=True))
+    effects = hears(node, 0.2, "n0", left)
+    assert [(p, m.number) for p, m in sent(effects, Accepted)] == [("n0", 3)]
+    assert facts(LeaderElected, effects + give(node, 0.5, Tick()) + give(node, 1.0, Tick()))
+    assert voters(node) == ["n1"]
+
+
+def test_it_says_again_that_it_knows_that_it_alone_has_a_vote() -> None:
+    node = joined()
+    left = shows(3, member("n1", active=False, voter=True, reachable=True))
+    hears(node, 0.2, "n0", left)
+    assert [(p, m.number) for p, m in sent(hears(node, 0.7, "n0", left), Accepted)] == [("n0", 3)]
+
+
+def test_a_leader_that_had_handed_over_and_is_back_shows_the_view_without_it_to_who_asks() -> None:
+    """Defect: it asked those who did not know that they had its vote, and they asked it, for ever."""
+    _, left = handed_over_to_n1()
+    back = restarted("n0", stored(left))
+    [(peer, update)] = sent(hears(back, 1.0, "n1", hello("n1", incarnation=2, lineage=left.lineage)), ViewUpdate)
+    assert (peer, update.decided, update.view) == ("n1", True, left)
+    assert not sent(hears(back, 1.0, "n5", hello("n5", lineage=left.lineage)), ViewUpdate), "it is not in it"
 
 
 def test_a_member_that_is_being_removed_cannot_undo_that_by_a_hello() -> None:
@@ -1017,6 +1085,35 @@ def test_a_leader_that_leaves_before_the_others_have_a_vote_leaves_a_run_that_go
     assert nodes.left == {"n0"}
     assert nodes.healthy()
     assert sorted(ids(nodes.nodes["n1"])) == ["n1", "n2"]
+
+
+def test_a_member_that_is_told_to_leave_while_it_looks_for_a_leader_helps_to_find_one_first() -> None:
+    """Given three with a vote of which the leader died, when another is to leave, then the third is not left alone.
+
+    Defect: it left without a word, and the third was one of three.
+    """
+    nodes = cluster(3)
+    nodes.crash("n0")
+    nodes.rounds(9.0)
+    while nodes.nodes["n1"].role != "asking":
+        nodes.run(0.1)
+    nodes.tell("n1", Leave())
+    nodes.rounds(20.0)
+    assert nodes.left == {"n1"}
+    assert nodes.leaders == ["n2"]
+    assert nodes.healthy()
+
+
+def test_a_member_that_is_told_to_leave_and_finds_no_leader_leaves_after_the_failure_timeout() -> None:
+    nodes = cluster(2)
+    nodes.crash("n0")
+    while nodes.nodes["n1"].role != "asking":
+        nodes.run(0.1)
+    nodes.tell("n1", Leave())
+    nodes.run(TIMEOUT_S - 1.0)
+    assert not nodes.left
+    nodes.run(3.0)
+    assert nodes.left == {"n1"}
 
 
 def test_the_nodes_of_a_run_may_leave_one_by_one_and_all_at_once() -> None:

@@ -425,10 +425,9 @@ class Leadership:
         known = {m.id for m in members}
         new = [p for p in self.peers.values() if p.member.id not in known and not p.gone]
         members += [replace(p.member, active=False, voter=False, reachable=False, weight=1) for p in new]
-        if self.hands_over(now):
-            members = [m for m in members if m.id != self.me]
-            if not any(m.voter for m in members):  # somebody must be able to go on
-                members = [replace(m, voter=m.active or not any(o.active for o in members)) for m in members]
+        if self.leaving_since is not None:
+            heirs = _with_votes([m for m in members if m.id != self.me])
+            members = heirs if self.hands_over(now, self.leaving_since, heirs) else members
         return tuple(self._with_reachability(m) for m in members)
 
     def _as_it_should_be(self, member: Member) -> Member | None:
@@ -530,18 +529,24 @@ class Leadership:
         if self.view.member(peer) is None:
             out.append(Send(peer=peer, message=ViewUpdate(epoch=self.epoch, decided=True, view=self.view)))
 
-    def hands_over(self, now: float) -> bool:
+    def hands_over(self, now: float, since: float, heirs: list[Member]) -> bool:
         """Not before more than half of those that will vote were heard since: else they could not go on without us."""
-        since = self.leaving_since
-        if since is None or now < since + self.settings.heartbeat_s / 2:
+        if now < since + self.settings.heartbeat_s / 2:
             return False
-        voters = [self.peers[v.id] for v in self.view.voters if v.id in self.peers and not self.peers[v.id].gone]
+        voters = [self.peers[m.id] for m in heirs if m.voter]
         return not voters or 2 * sum(p.heard_at > since for p in voters) > len(voters)
 
     @property
     def alone(self) -> bool:
         """Nobody is left to hand over to."""
         return not any(not p.gone for p in self.peers.values())
+
+
+def _with_votes(members: list[Member]) -> list[Member]:
+    """``members`` as they go on without us: if none of them has a vote, all have one that are active, or else all."""
+    if any(m.voter for m in members):
+        return members
+    return [replace(m, voter=m.active or not any(o.active for o in members)) for m in members]
 
 
 def may_lead(member: Member) -> bool:

@@ -20,8 +20,10 @@ The rules:
 * A machine that wakes late was itself asleep: it gives everybody the time that it lost before it judges them. A leader
   that slept longer than the failure timeout does not take itself for one any more.
 * A member that leaves says goodbye until the leader shows it a view without it, three times at most; a leader, when a
-  view without it is decided, to everybody.
-  If that leader has left too, and nobody else has a vote, the member leads, and hands over, before it leaves.
+  view without it is decided, to everybody, and until one who has a vote in that view has it. If it is asked who leads
+  after that, and be it after another start, it shows that view again.
+  A member that is told to leave while it looks for a leader goes on looking, and voting, for ``failure_timeout_s`` at
+  most: to say goodbye to the one that is found, or to lead, and to hand over.
 
 May be lost: any message; heartbeats and their answers repair views. Never believed: a view or proposal that does not
 come from a member, or that is of an epoch which is over, and anything from an incarnation that is not in the view.
@@ -150,7 +152,8 @@ class Membership:
     goodbyes: int = 0
     farewell: tuple[str, ...] = ()  # whom a goodbye goes to
     leave_by: float = 0.0
-    hands_over: bool = False  # told to leave while there was no leader, and nobody else could be
+    unheard: View | None = None  # the view without us, until somebody who can go on from it has it
+    would_leave: bool = False  # told to leave while there was no leader
     wake_at: float | None = None
 
     def __post_init__(self) -> None:
@@ -293,9 +296,12 @@ class Membership:
         if mine is not None:
             self.leadership.go_on(now, out)
             return
+        held_by = self.leadership.stored_by
         self.role, self.leadership = "leaving", None  # it has handed over
         assert self.view is not None
         self.farewell = tuple(m.id for m in self.view.members)
+        if not any(v.id in held_by for v in self.view.voters):
+            self.unheard, self.leave_by = self.view, now + self.settings.failure_timeout_s
         self._say_goodbye(now, out)
 
     def _follow(self, now: float, peer: str, epoch: int) -> None:
@@ -433,6 +439,9 @@ class Membership:
             self._end(fail, out)
 
     def _ask_as_new(self, now: float, out: list[Effect]) -> None:
+        if self.would_leave:
+            self._end(Finish(), out)
+            return
         self.incarnation += 1
         self.in_view = 0
         self.acceptor.rename(self.incarnation, out)
@@ -468,6 +477,8 @@ class Membership:
                 self.leadership.on_heartbeat(now, peer, message, out)
             case Accepted() if self.leadership is not None:
                 self.leadership.on_accepted(now, peer, message.epoch, message.number, message.incarnations, out)
+            case Accepted(number=number):
+                self._on_inherited(peer, number)
             case Goodbye():
                 self._on_goodbye(now, peer, message, out)
             case AskRun():
@@ -493,6 +504,8 @@ class Membership:
             out += [Report(fact=fact), Send(peer=peer, message=refusal)]
         elif self.leadership is not None:
             self.leadership.take_in(now, peer, hello, out)
+        elif (left := self._view_left_behind) is not None and left.member(peer) is not None:
+            out.append(self._legacy(peer, left))
         elif self.role == "member" and self.view is not None:
             leader = self.view.member(self.leader)
             if leader is not None and leader.id != peer:
@@ -501,6 +514,9 @@ class Membership:
     def _on_leader(
         self, now: float, peer: str, message: HeartbeatAck | Propose | ViewUpdate, out: list[Effect]
     ) -> None:
+        if isinstance(message, ViewUpdate) and _has_left_with(peer, message):
+            self._inherit(now, peer, message, out)
+            return
         if self.role == "leaving" and isinstance(message, ViewUpdate) and message.decided:
             self.acceptor.learn(peer, message.epoch, message.view, out)
             return
@@ -520,6 +536,41 @@ class Membership:
                 self.watched = watched
                 if not self.acceptor.decide(epoch, number, out):
                     out.append(Send(peer=peer, message=AskView(number=number)))
+
+    # --- from a leader that leaves to those who stay ------------------------------------------------------------
+
+    @property
+    def _view_left_behind(self) -> View | None:
+        """The one in which this node, which led, is not any more, as long as nobody else leads."""
+        view, me = self.acceptor.ballot.decided_view, self.settings.me.id
+        goes = self.role in ("asking", "leaving") and view is not None and view.leader == me
+        return view if goes and view is not None and view.member(me) is None else None
+
+    def _legacy(self, peer: str, view: View) -> Send:
+        return Send(peer=peer, message=ViewUpdate(epoch=view.epoch, decided=True, view=view))
+
+    def _inherit(self, now: float, peer: str, update: ViewUpdate, out: list[Effect]) -> None:
+        """``peer``, which led, has left with this view: it is not to be followed."""
+        new = self.acceptor.ballot.decided_view != update.view
+        if new:
+            if not self._may_follow(peer, update.epoch, out):
+                return
+            if self.leadership is not None:
+                self._step_down(now, "another led a higher epoch", out)
+            self.acceptor.learn(peer, update.epoch, update.view, out)
+        ballot = self.acceptor.ballot
+        if ballot.decided_view == update.view:
+            taken = Accepted(epoch=update.epoch, number=update.view.number, incarnations=ballot.incarnations)
+            self.acceptor.store(ballot, out, [Send(peer=peer, message=taken)])
+        if (self.role == "asking" and new) or (self.role == "member" and peer == self.leader):
+            self._ask_from_now(now, out)  # and stand, if at all, with what is known now
+
+    def _on_inherited(self, peer: str, number: int) -> None:
+        """``peer`` has the view of this number on its disk."""
+        view = self.unheard
+        heir = view.member(peer) if view is not None and view.number == number else None
+        if heir is not None and heir.voter:
+            self.unheard = None
 
     def _show(self, peer: str, number: int, out: list[Effect]) -> None:
         """Send a view whole: a decided one that we still have, or what we propose."""
@@ -646,7 +697,7 @@ class Membership:
         else:
             self.leadership.propose(view, out, again=True)
         self._on_ask_again(now, out)
-        if self.hands_over:
+        if self.would_leave:
             self._on_leave(now, out)
 
     def _answers_to(self, candidate: Candidate, view: View, now: float) -> tuple[dict[str, Peer], tuple[str, ...]]:
@@ -679,7 +730,7 @@ class Membership:
         self.reception.vouch(now, self.view, out)
         if self.role == "asking":
             self._on_asking_tick(now, out)
-        elif self.role == "member" and self.hands_over:
+        elif self.role == "member" and self.would_leave:
             self._on_leave(now, out)  # there is a leader after all
         elif self.role == "member":
             silent_s = now - self.leader_heard_at
@@ -696,7 +747,7 @@ class Membership:
             self._on_leading_tick(now, out)
 
     def _on_asking_tick(self, now: float, out: list[Effect]) -> None:
-        if self.hands_over and now >= self.leave_by:
+        if self.would_leave and now >= self.leave_by:
             self._end(Finish(), out)
             return
         if now >= self.act_at:
@@ -818,37 +869,47 @@ class Membership:
         elif self.role == "member":
             self.role = "leaving"
             self._say_goodbye(now, out)
-        elif self.role == "asking" and self._is_last_voter:
-            self._lead_to_hand_over(now, out)
+        elif self.role == "asking" and self._is_known:
+            self._leave_when_there_is_a_leader(now, out)
         else:
             self._end(Finish(), out)
 
-    def _lead_to_hand_over(self, now: float, out: list[Effect]) -> None:
-        """Lead, which needs nobody else, so that those who are left can go on."""
-        if not self.hands_over:
+    @property
+    def _is_known(self) -> bool:
+        """Whether the others in the view take this node, or an earlier start of it, for one of them."""
+        ballot = self.acceptor.ballot
+        mine = ballot.view.member(self.settings.me.id) if ballot.view else None
+        return mine is not None and mine.incarnation in ballot.incarnations
+
+    def _leave_when_there_is_a_leader(self, now: float, out: list[Effect]) -> None:
+        """Look for one, or be it: else those who are left may be too few to agree on anything."""
+        if not self.would_leave:
             self.leave_by = now + self.settings.failure_timeout_s
-        self.hands_over = True
+        self.would_leave, self.goodbyes = True, 0
         self._try_to_lead(now, out)
 
-    @property
-    def _is_last_voter(self) -> bool:
-        """Whether the others in the view can agree on nothing without us, and are there."""
-        view = self.view
-        return view is not None and [v.id for v in view.voters] == [self.settings.me.id] and len(view.members) > 1
-
     def _say_goodbye(self, now: float, out: list[Effect]) -> None:
-        if self._is_last_voter and self.view is not None and self.view.member(self.leader) is None:
+        view = self.view
+        if not self.farewell and view is not None and view.member(self.leader) is None and self._is_known:
             self._ask_from_now(now, out)  # the leader has left too, and before us
-            self._lead_to_hand_over(now, out)
+            self._leave_when_there_is_a_leader(now, out)
             return
-        if self.goodbyes == MAX_GOODBYES:
+        waits = self.unheard is not None and now < self.leave_by
+        if self.goodbyes >= MAX_GOODBYES and not waits:
             self._end(Finish(), out)
             return
         self.goodbyes += 1
         self.act_at = now + self.settings.heartbeat_s / 2
+        if self.unheard is not None:
+            out += [self._legacy(v.id, self.unheard) for v in self.unheard.voters]
         goodbye = Goodbye(incarnation=self.incarnation)
         out += [Send(peer=p, message=goodbye) for p in self.farewell or (self.leader,) if p != self.settings.me.id]
 
     def _end(self, effect: Fail | Finish, out: list[Effect]) -> None:
         self.role = "gone"
         out.append(effect)
+
+
+def _has_left_with(peer: str, update: ViewUpdate) -> bool:
+    """Whether ``peer`` says that it is decided that it, which led, is not in the view any more."""
+    return update.decided and update.view.leader == peer and update.view.member(peer) is None
