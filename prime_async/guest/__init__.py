@@ -7,7 +7,8 @@ loop on Linux; uvloop and Windows are not tested.
 from prime_async.guest.checkpoint import GuestShelf, open_checkpoint
 from prime_async.guest.exchange import GuestFriends, open_exchange
 from prime_async.guest.membership import GuestGroup, open_membership
-from prime_async.guest.node import GuestEvents, GuestNode, open_node
+from prime_async.guest.node import GuestNode, open_node
+from prime_async.guest.participant import GuestEvents
 from prime_async.guest.stream import GuestStream
 
 __all__ = [

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 import prime_async.node
 from prime_async.config.schema import Config
-from prime_async.guest.node import GuestEvents
+from prime_async.guest.participant import GuestParticipant
 from prime_async.guest.side import TrioSide, trio_side
 from prime_async.guest.stream import GuestStream
 from prime_async.machines.own import OwnActor
 from prime_async.messages import View
 from prime_async.node.changes import Change
 from prime_async.node.membership import Group
-from prime_async.transport.base import Traffic, Transport
+from prime_async.transport.base import Transport
 
 
-class GuestGroup:
+class GuestGroup(GuestParticipant):
     """A :class:`~prime_async.node.membership.Group` for asyncio, with the same members.
 
     Made by :func:`open_membership`.
     """
 
     def __init__(self, side: TrioSide, group: Group) -> None:
-        self.events = GuestEvents(side, group.events)
-        self._side = side
+        super().__init__(side, group)
         self._group = group
 
     @property
-    def config(self) -> Config:
-        return self._group.config
-
-    @property
-    def id(self) -> str:
-        """See :class:`~prime_async.node.membership.Group`, as for all members below."""
-        return self._group.id
-
-    @property
-    def contact(self) -> str:
-        return self._group.contact
-
-    @property
-    def traffic(self) -> Traffic:
-        return self._group.traffic
-
-    @property
-    def ignored_messages(self) -> int:
-        return self._group.ignored_messages
-
-    @property
     def view(self) -> View:
+        """See :class:`~prime_async.node.membership.Group`, as for all members below."""
         return self._group.view
 
     @property
@@ -68,12 +46,6 @@ class GuestGroup:
     def stop(self) -> None:
         """From the loop's own thread, as all of asyncio."""
         self._group.stop()
-
-    def tell(self, actor: str, event: Any) -> None:
-        self._group.tell(actor, event)
-
-    async def wait(self) -> None:
-        await self._side.run(self._group.wait)
 
 
 @asynccontextmanager

@@ -4,61 +4,28 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 import prime_async.node
 from prime_async.config.schema import Config
+from prime_async.guest.participant import GuestParticipant
 from prime_async.guest.side import TrioSide, trio_side
-from prime_async.guest.stream import GuestStream
-from prime_async.machines.facts import Fact
 from prime_async.machines.own import OwnActor
-from prime_async.node.events import EventStream
 from prime_async.node.meter import Meter
 from prime_async.node.node import Node
-from prime_async.transport.base import Traffic, Transport
+from prime_async.transport.base import Transport
 from prime_async.work.workload import Workload
 
 
-class GuestEvents(GuestStream[Fact]):
-    """A node's events for asyncio; see :class:`~prime_async.node.events.EventStream`."""
-
-    def __init__(self, side: TrioSide, stream: EventStream) -> None:
-        super().__init__(side, stream)
-        self._events = stream
-
-    @property
-    def missed(self) -> int:
-        """Facts that nobody read in time."""
-        return self._events.missed
-
-
-class GuestNode:
+class GuestNode(GuestParticipant):
     """A :class:`~prime_async.node.node.Node` for asyncio, with the same members. Made by :func:`open_node`."""
 
     def __init__(self, side: TrioSide, node: Node) -> None:
-        self.events = GuestEvents(side, node.events)
-        self._side = side
+        super().__init__(side, node)
         self._node = node
 
     @property
-    def config(self) -> Config:
-        return self._node.config
-
-    @property
-    def id(self) -> str:
-        """See :class:`~prime_async.node.node.Node`, as for all members below."""
-        return self._node.id
-
-    @property
-    def contact(self) -> str:
-        return self._node.contact
-
-    @property
-    def traffic(self) -> Traffic:
-        return self._node.traffic
-
-    @property
     def round(self) -> int:
+        """See :class:`~prime_async.node.node.Node`, as for all members below."""
         return self._node.round
 
     @property
@@ -76,16 +43,6 @@ class GuestNode:
     def stop(self, *, at_once: bool = False) -> None:
         """From the loop's own thread, as all of asyncio."""
         self._node.stop(at_once=at_once)
-
-    def tell(self, actor: str, event: Any) -> None:
-        self._node.tell(actor, event)
-
-    @property
-    def ignored_messages(self) -> int:
-        return self._node.ignored_messages
-
-    async def wait(self) -> None:
-        await self._side.run(self._node.wait)
 
 
 @asynccontextmanager

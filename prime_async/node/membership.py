@@ -9,43 +9,34 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing
-from typing import Any, Final, Protocol, cast
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final, Protocol, cast
 
-import structlog
 import trio
 
-from prime_async.actors.groups import single_errors
-from prime_async.actors.membership import MembershipActor
 from prime_async.actors.runner import Runner
 from prime_async.config.schema import Config, ExchangeSettings, RunSpec
-from prime_async.config.spec import run_id
-from prime_async.errors import ChunkUnavailableError, PrimeAsyncError
-from prime_async.ledger import BallotFile
+from prime_async.errors import ChunkUnavailableError
 from prime_async.log import LogWriter, MachineSettings
 from prime_async.machines.facts import Fact
 from prime_async.machines.leadership import MembershipSettings
 from prime_async.machines.membership import Membership
 from prime_async.machines.own import OwnActor
 from prime_async.machines.sharing import SharingSettings
-from prime_async.machines.vocabulary import ActorName, Fail, Leave, StateAt
+from prime_async.machines.vocabulary import ActorName, Leave, StateAt
 from prime_async.messages import DIGEST_BYTES, FIRST_CHAIN, ChunkKey, View
 from prime_async.node.allow import AllowList
-from prime_async.node.build import RECORD_BYTES, allow_list, membership_settings, open_transport, record_path
+from prime_async.node.build import RECORD_BYTES, allow_list, membership_settings, open_transport
 from prime_async.node.changes import Changes
-from prime_async.node.events import EventStream
-from prime_async.node.switchboard import Performer, Switchboard, failure_of, log_fact
-from prime_async.transport.base import Chunk, Provider, Traffic, Transport
+from prime_async.node.participant import Participant
+from prime_async.node.switchboard import Performer, log_fact
+from prime_async.transport.base import Chunk, Provider, Transport
 
-log = structlog.get_logger(__name__)
-
-GOODBYE_S: Final = 5.0
-"""How long a member that is closed by its user waits for the others to let it go."""
 NO_STATE: Final = StateAt(round=0, digest=bytes(DIGEST_BYTES), chain=FIRST_CHAIN)
 """The outer state of all members: there is none."""
 
 
-class Group:
+class Group(Participant):
     """The members of a group, as one of them sees them. Made by :func:`open_membership`."""
 
     def __init__(
@@ -56,42 +47,12 @@ class Group:
         actors: Sequence[OwnActor] = (),
         files: Sharer | None = None,
     ) -> None:
-        self.config = config
-        self.events = EventStream()
-        """What happened, and what goes wrong, in detail."""
-        self._transport = transport
-        self._allow = allow
+        super().__init__(config, transport, allow, actors, self._on_view)
         self._files = files
-        self._log = log.bind(node=config.node.name or transport.id[:8])
-        self._switchboard = Switchboard(transport, allow, self._log, actors, self._on_view)
         self._membership: Membership | None = None
         self._view: View | None = None
         self._in_view = trio.Event()
         self._readers: weakref.WeakSet[Changes] = weakref.WeakSet()
-        self._finished = trio.Event()
-        self._failure: PrimeAsyncError | None = None
-        self._scope = trio.CancelScope()
-        self._ballots = BallotFile(config.node.directory, run_id(config.run))
-
-    @property
-    def id(self) -> str:
-        """This member's public key, 64 hexadecimal digits."""
-        return self._transport.id
-
-    @property
-    def contact(self) -> str:
-        """What others put into ``node.join`` to reach this member: ``KEY@HOST:PORT``."""
-        return f"{self.id}@{self._transport.control_address.removeprefix('tcp://')}"
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes handed to, and taken from, the sockets so far."""
-        return self._transport.traffic
-
-    @property
-    def ignored_messages(self) -> int:
-        """Those to actors that this member does not have."""
-        return self._switchboard.ignored_messages
 
     @property
     def view(self) -> View:
@@ -132,17 +93,6 @@ class Group:
         """Say goodbye to the others. Returns immediately; the changes end when it is done."""
         self._switchboard.post("membership", Leave())
 
-    async def wait(self) -> None:
-        """Until this member has left: it was stopped."""
-        await self._finished.wait()
-
-    def tell(self, actor: str, event: Any) -> None:
-        """Give one of the user's own actors an event of its own kinds. It is handled soon.
-
-        Raises :class:`LocalError` for an actor that this member does not have, and an event that is none of its kinds.
-        """
-        self._switchboard.tell_own(actor, event)
-
     # --- wiring -------------------------------------------------------------------------------------------------
 
     def _on_view(self, view: View) -> None:
@@ -155,10 +105,6 @@ class Group:
         log_fact(self._log, fact)
         self.events.put(fact)
 
-    def _fail(self, fail: Fail) -> None:
-        self._failure = failure_of(fail)
-        self._scope.cancel()
-
     def _finish(self) -> None:
         self._finished.set()
         self.events.close()
@@ -167,23 +113,11 @@ class Group:
         for stream in self._readers:
             stream.close()
 
-    def _admit(self, members: frozenset[str]) -> None:
-        self._allow.members = members
-
     def _start(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
         machines = settings.build()
         self._membership = cast(Membership, machines["membership"])
         self._switchboard.connect(machines, self._report, recorder)
-        membership = MembershipActor(
-            self._transport,
-            nursery,
-            self._switchboard.runners["membership"].post,
-            store=self._ballots.save,
-            admit=self._admit,
-            let_in=self._allow.let_in,
-            fail=self._fail,
-            finish=self._finish,
-        )
+        membership = self._membership_actor(nursery, self._finish)
         performers: dict[ActorName, Performer] = {"membership": membership}
         if self._files is None:
             self._transport.serve(NothingToGive())
@@ -193,12 +127,6 @@ class Group:
             self._transport.serve(self._files)
         self._switchboard.start(nursery, performers)
         self._switchboard.post("membership", NO_STATE)
-
-    async def _close(self) -> None:
-        if not self._finished.is_set():
-            self.stop()
-            with trio.move_on_after(GOODBYE_S):
-                await self._finished.wait()
 
 
 class Sharer(Provider, Protocol):
@@ -267,20 +195,12 @@ async def open_group(group: Group) -> AsyncIterator[Group]:
         membership = membership_settings(config, transport, ballot, rounds=False)
         sharing = files.settings(membership) if files is not None else None
         settings = MachineSettings(membership=membership, sharing=sharing)
-        recorder = None
-        record_to = record_path(config, group.id)
-        if record_to is not None:
-            names = list(group._switchboard.own)
-            recorder = stack.enter_context(closing(LogWriter(record_to, group.id, settings, names)))
+        recorder = group._open_recorder(stack, settings)
         try:
-            with single_errors(), group._scope:
-                async with trio.open_nursery() as nursery:
-                    group._start(nursery, settings, recorder)
-                    await group._in_view.wait()
-                    yield group
-                    await group._close()
-                    nursery.cancel_scope.cancel()
+            async with group._running(group.stop) as nursery:
+                group._start(nursery, settings, recorder)
+                await group._in_view.wait()
+                yield group
         finally:
             group._finish()
-        if group._failure is not None:
-            raise group._failure
+        group._raise_failure()

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, closing
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
-import structlog
 import trio
 
 from prime_async.actors.auditor import Auditor
 from prime_async.actors.checkpoint import CheckpointActor
 from prime_async.actors.copier import Copier
 from prime_async.actors.exchange import ExchangeActor
-from prime_async.actors.groups import single_errors
 from prime_async.actors.ledger import LedgerKeeper
-from prime_async.actors.membership import MembershipActor
 from prime_async.actors.store import ChunkStore
 from prime_async.actors.tensors import Tensors
 from prime_async.actors.training import Stepping, TrainingActor
 from prime_async.config.schema import Config
 from prime_async.config.spec import run_id
-from prime_async.errors import PrimeAsyncError
-from prime_async.ledger import BallotFile, RemoteCopy, Restored
+from prime_async.ledger import RemoteCopy, Restored
 from prime_async.log import LogWriter, MachineSettings
 from prime_async.machines.ballot import Ballot
 from prime_async.machines.facts import Fact, LedgerRestored
 from prime_async.machines.own import OwnActor
 from prime_async.machines.units import to_ms
-from prime_async.machines.vocabulary import ActorName, ContributionTaken, Fail, Leave, Measured, StateAt
+from prime_async.machines.vocabulary import ActorName, ContributionTaken, Leave, Measured, StateAt
 from prime_async.messages import Figures
 from prime_async.node.allow import AllowList
 from prime_async.node.build import (
@@ -40,26 +37,20 @@ from prime_async.node.build import (
     machine_settings,
     node_ledger,
     open_transport,
-    record_path,
 )
-from prime_async.node.events import EventStream
 from prime_async.node.figures import Gauge
 from prime_async.node.meter import Meter
-from prime_async.node.switchboard import Performer, Switchboard, failure_of, log_fact
-from prime_async.transport.base import Traffic, Transport
+from prime_async.node.participant import Participant
+from prime_async.node.switchboard import Performer, log_fact
+from prime_async.transport.base import Transport
 from prime_async.transport.keys import read_key_file
 from prime_async.work.workload import Workload
 
 if TYPE_CHECKING:
     from prime_async.watch.station import Station
 
-log = structlog.get_logger(__name__)
 
-GOODBYE_S = 5.0
-"""How long a node that is closed by its user waits for the others to let it go."""
-
-
-class Node:
+class Node(Participant):
     """One node of a run. Made by :func:`open_node`."""
 
     def __init__(
@@ -71,51 +62,22 @@ class Node:
         stepping: Stepping | None = None,
         actors: Sequence[OwnActor] = (),
     ) -> None:
-        self.config = config
-        self.events = EventStream()
+        super().__init__(config, transport, allow, actors)
         self._gauge = Gauge(config.node.witness)
         self.stopping = False
-        self._transport = transport
         self._workload = workload
-        self._allow = allow
         self._stepping = stepping
-        self._log = log.bind(node=config.node.name or transport.id[:8])
         self._store = ChunkStore()
-        self._switchboard = Switchboard(transport, allow, self._log, actors)
-        self._finished = trio.Event()
-        self._failure: PrimeAsyncError | None = None
-        self._scope = trio.CancelScope()
         self._station: Station | None = None
         self._ledger = node_ledger(config, workload)
         self._keeper = LedgerKeeper(self._ledger, Tensors(workload), None)
         self._copier = self._open_copier()
         self._restored = Restored(workload.round, workload.state_digest(), 0, None)
-        self._ballots = BallotFile(config.node.directory, run_id(config.run))
-
-    @property
-    def id(self) -> str:
-        """The node's public key, 64 hexadecimal digits."""
-        return self._transport.id
-
-    @property
-    def contact(self) -> str:
-        """What others put into ``node.join`` to reach this node: ``KEY@HOST:PORT``."""
-        return f"{self.id}@{self._transport.control_address.removeprefix('tcp://')}"
 
     @property
     def meter(self) -> Meter:
         """How the node is doing, in numbers."""
         return self._gauge.meter
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes handed to, and taken from, the sockets so far."""
-        return self._transport.traffic
-
-    @property
-    def ignored_messages(self) -> int:
-        """Those to actors that this node does not have."""
-        return self._switchboard.ignored_messages
 
     @property
     def round(self) -> int:
@@ -132,17 +94,6 @@ class Node:
         self.stopping = True
         self._switchboard.post("training", Leave(at_once=at_once))
 
-    async def wait(self) -> None:
-        """Until the node has left the run: it was stopped, or has done all rounds."""
-        await self._finished.wait()
-
-    def tell(self, actor: str, event: Any) -> None:
-        """Give one of the user's own actors an event of its own kinds. It is handled soon.
-
-        Raises :class:`LocalError` for an actor that this node does not have, and an event that is none of its kinds.
-        """
-        self._switchboard.tell_own(actor, event)
-
     # --- wiring -------------------------------------------------------------------------------------------------
 
     def _report(self, fact: Fact) -> None:
@@ -152,34 +103,18 @@ class Node:
             self._station.add(fact)
         self.events.put(fact)
 
-    def _fail(self, fail: Fail) -> None:
-        self._failure = failure_of(fail)
-        self._scope.cancel()
-
     def _open_copier(self) -> Copier | None:
         node = self.config.node
         if self._ledger is None or not node.remote:
             return None
         return Copier(RemoteCopy(node.remote, node.directory, run_id(self.config.run)), self._ledger, self._report)
 
-    def _admit(self, members: frozenset[str]) -> None:
-        self._allow.members = members
-
     def _build(self, nursery: trio.Nursery, settings: MachineSettings, recorder: LogWriter | None) -> None:
         self._switchboard.connect(settings.build(), self._report, recorder)
         keeper, runners = self._keeper, self._switchboard.runners
         folder = audit_folder(self.config, self.id, self._workload)
         auditor = Auditor(folder, keeper.tensors) if folder is not None else None
-        membership = MembershipActor(
-            self._transport,
-            nursery,
-            runners["membership"].post,
-            store=self._ballots.save,
-            admit=self._admit,
-            let_in=self._allow.let_in,
-            fail=self._fail,
-            finish=self._finished.set,
-        )
+        membership = self._membership_actor(nursery, self._finished.set)
         exchange = ExchangeActor(
             self._transport,
             keeper,
@@ -244,12 +179,6 @@ class Node:
     async def _end_events(self) -> None:
         await self._finished.wait()
         self.events.close()
-
-    async def _close(self) -> None:
-        if not self._finished.is_set():
-            self.stop(at_once=True)
-            with trio.move_on_after(GOODBYE_S):
-                await self._finished.wait()
 
     async def _load(self) -> Ballot | None:
         """What is on disk of the outer state becomes the workload's."""
@@ -334,20 +263,12 @@ async def open_with(
             node._station = stack.enter_context(_open_station(config, transport.id))
         ballot = await node._load()
         settings = machine_settings(config, transport, workload, ballot, node._restored.tip)
-        recorder = None
-        record_to = record_path(config, node.id)
-        if record_to is not None:
-            own = list(node._switchboard.own)
-            recorder = stack.enter_context(closing(LogWriter(record_to, node.id, settings, own)))
+        recorder = node._open_recorder(stack, settings)
         try:
-            with single_errors(), node._scope:
-                async with trio.open_nursery() as nursery:
-                    node._start(nursery, settings, recorder)
-                    yield node
-                    await node._close()
-                    nursery.cancel_scope.cancel()
+            async with node._running(partial(node.stop, at_once=True)) as nursery:
+                node._start(nursery, settings, recorder)
+                yield node
         finally:
             await node._save_last()
             node.events.close()
-        if node._failure is not None:
-            raise node._failure
+        node._raise_failure()
