@@ -576,19 +576,13 @@ def test_weights_that_are_not_finite_are_an_error_of_this_node() -> None:
     encoded(node, 0)
 
 
-def test_mean_that_is_not_valid_changes_nothing() -> None:
+def test_a_second_mean_of_a_round_changes_nothing() -> None:
     node = tiny_workload(run_spec(), 0)
-    before = node.export_state(0)
-    bad = bytearray(encoded(node, 0))
-    bad[:4] = np.float32(math.inf).tobytes()
-    with pytest.raises(ProtocolError, match="infinite"):
-        node.apply(0, memoryview(bad), included=True)
-    with pytest.raises(ProtocolError, match="bytes instead of"):
-        node.apply(0, memoryview(bad)[:-1], included=True)
-    assert node.export_state(0) == before
     node.apply(0, encoded(node, 0), included=True)
+    before = node.export_state(0)
     with pytest.raises(LocalError, match="twice"):
         node.apply(0, encoded(node, 0), included=True)
+    assert node.export_state(0) == before
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "e3m0", "fp16", "fp32"])

@@ -239,6 +239,24 @@ def test_damaged_means_end_what_can_be_restored_and_are_told_apart(tmp_path: Pat
     assert other.missing_means(record) == (1,)
 
 
+def test_means_that_nobody_could_have_committed_are_not_applied(tmp_path: Path) -> None:
+    """Given a file that is right by its digests but holds no mean, when it is to be lived through, then it is named."""
+    run = Run(tmp_path)
+    payload = memoryview(b"\xff" * run.workload.mean_bytes(0))
+    run.ledger.put_mean(0, 0, payload)
+    rest = run.means()[1:]
+    for chunk, (_, good) in enumerate(rest, 1):
+        run.ledger.put_mean(0, chunk, good)
+    infos = [ChunkInfo(digest=blake3(payload).digest()), *(info for info, _ in rest)]
+    run.ledger.close_means(0, infos)
+    run.ledger.commit_means(0, run.commit(infos), run.chain)
+
+    before = run.workload.export_state(0)
+    with pytest.raises(StorageError, match=f"{run.ledger.means.path(0)}: the mean of chunk 0 cannot be applied"):
+        ledger(tmp_path, run.workload).restore()
+    assert run.workload.export_state(0) == before
+
+
 def test_what_is_found_to_be_damaged_when_a_peer_asks_is_not_given(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.live(snapshot=True)

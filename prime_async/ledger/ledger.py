@@ -234,12 +234,11 @@ class Ledger:
         return self._workload.end_round()
 
     def advance_chunk(self, round: int, chunk: int) -> None:
-        """Raises :class:`DamagedError`; then the chunk is as it was."""
+        """Raises :class:`DamagedError`, :class:`StorageError`; then the chunk is as it was."""
         mean = self.means.read(round, chunk)
-        try:
-            self._workload.apply(chunk, mean.payload, False)
-        except ProtocolError as error:  # its digest is right: the run committed what cannot be applied
-            raise StorageError(f"{self.means.path(round)}: {error}") from error
+        if not self._workload.check(chunk, mean.payload):  # its digest is right, but who knows who wrote the file
+            raise StorageError(f"{self.means.path(round)}: the mean of chunk {chunk} cannot be applied")
+        self._workload.apply(chunk, mean.payload, False)
 
     # --- means --------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,6 @@ class BufferWorkload:
         return self._codec.is_valid(chunk, payload)
 
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:  # noqa: ARG002
-        """Raises :class:`ProtocolError` if ``mean`` is not valid; the vector is then as it was."""
         with self._codec.work_on(chunk):
             self._codec.decode(mean, self._view(chunk))
             self._digests[chunk] = self._hash(chunk)

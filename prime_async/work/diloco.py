@@ -247,9 +247,9 @@ class DilocoWorkload(OuterWorkload):
             self._residual[self._outer.chunks.span(chunk)].add_(counted).sub_(self._note(chunk))
 
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
-        """Raises :class:`ProtocolError` if ``mean`` is not valid, :class:`LocalError` if this round had one already.
+        """Raises :class:`LocalError` if this round had one already: then nothing has changed.
 
-        Then nothing has changed. With error feedback ``own`` must be there if ``included``: else :class:`LocalError`.
+        With error feedback ``own`` must be there if ``included``: else :class:`LocalError`.
         """
         if included and self._feeds_back and own is None:
             raise LocalError(f"chunk {chunk}: what this node contributed is not here, so what it lacks is not known")
@@ -298,10 +298,7 @@ class DilocoWorkload(OuterWorkload):
         out.add_(scratch)
 
     def apply_beside(self, chunk: int, mean: memoryview, included: bool, share: float) -> None:
-        """Raises :class:`ProtocolError` if ``mean`` is not valid: then nothing has changed.
-
-        Raises :class:`LocalError` if this round had one already, or ``included`` and there was no ``capture``.
-        """
+        """Raises :class:`LocalError` if this round had one already, or ``included`` and there was no ``capture``."""
         if included and chunk not in self._captured_at:
             raise LocalError(f"chunk {chunk} has no contribution that could be in its mean: capture it first")
         note, theta = self._note(chunk), self._outer.theta(chunk)

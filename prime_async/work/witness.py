@@ -95,10 +95,7 @@ class OuterWorkload:
         return self._codec.is_valid(chunk, payload)
 
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:  # noqa: ARG002
-        """Raises :class:`ProtocolError` if ``mean`` is not valid, :class:`LocalError` if this round had one already.
-
-        Then nothing has changed.
-        """
+        """Raises :class:`LocalError` if this round had one already: then nothing has changed."""
         with self._codec.work_on(chunk) as (gradient, scratch):
             self._codec.decode(mean, gradient)
             self._outer.step(chunk, gradient, scratch)

@@ -105,6 +105,7 @@ class Workload(Protocol):
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         """Take the outer step on ``chunk`` with the encoded ``mean``, and move the local weights with it.
 
+        ``mean``: of which ``check`` is true. It is not looked at again.
         ``included``: this node's contribution, ``own`` as it was encoded, is in the mean, so its local progress is used
         up. Otherwise it is kept, for the next contribution.
         """
