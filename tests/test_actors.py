@@ -23,6 +23,7 @@ from prime_async.actors.training import TrainingActor
 from prime_async.errors import ChunkUnavailableError, NonFiniteError
 from prime_async.machines.vocabulary import (
     AdoptMean,
+    CancelFetch,
     CancelFetches,
     ChunkImported,
     Effect,
@@ -114,11 +115,11 @@ async def test_an_abandoned_fetch_has_no_outcome_even_if_it_waits_in_the_inbox()
             posted.set()
 
         fetcher = Fetcher(a, nursery, post, inbox.retract)
-        fetcher.start(fetch("b", what))
+        fetcher.perform(fetch("b", what))
         await settled(posted)
-        fetcher.cancel_all()
+        fetcher.perform(CancelFetches())
         posted = trio.Event()
-        fetcher.start(fetch("b", what))
+        fetcher.perform(fetch("b", what))
         await settled(posted)
         await handled(inbox)
         assert machine.events == [Fetched(peer="b", key=what, info=chunk_of(b"x").info, size=1)]
@@ -192,9 +193,9 @@ async def test_a_fetch_that_is_cancelled_alone_has_no_outcome_and_the_others_hav
 
         fetcher = Fetcher(a, nursery, post, inbox.retract)
         for chunk in range(2):
-            fetcher.start(fetch("b", key("contribution", chunk)))
+            fetcher.perform(fetch("b", key("contribution", chunk)))
         await settled(both)
-        fetcher.cancel("b", key("contribution", 0))
+        fetcher.perform(CancelFetch(peer="b", key=key("contribution", 0)))
         await handled(inbox)
         assert machine.events == [Fetched(peer="b", key=key("contribution", 1), info=chunk_of(b"x").info, size=1)]
         with pytest.raises(KeyError):

@@ -78,12 +78,8 @@ class CheckpointActor:
         match effect:
             case Send(peer=peer, message=message):
                 self._transport.send(peer, message)
-            case Fetch():
-                self._fetcher.start(effect)
-            case CancelFetches():
-                self._fetcher.cancel_all()
-            case CancelFetch(peer=peer, key=key):
-                self._fetcher.cancel(peer, key)
+            case Fetch() | CancelFetch() | CancelFetches():
+                self._fetcher.perform(effect)
             case ImportChunk():
                 self._keeper.served_round = None
                 self._imports += 1

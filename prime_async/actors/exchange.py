@@ -63,12 +63,8 @@ class ExchangeActor:
         match effect:
             case Send(peer=peer, message=message):
                 self._transport.send(peer, message)
-            case Fetch():
-                self._fetcher.start(effect)
-            case CancelFetches():
-                self._fetcher.cancel_all()
-            case CancelFetch(peer=peer, key=key):
-                self._fetcher.cancel(peer, key)
+            case Fetch() | CancelFetch() | CancelFetches():
+                self._fetcher.perform(effect)
             case Reduce():
                 self._nursery.start_soon(self._reduce, effect, self._inputs(effect))
             case AdoptMean(found=found, key=key):

@@ -1,4 +1,4 @@
-"""Performs a machine's ``Fetch`` effects, and keeps what came until the machine says what to do with it."""
+"""Performs what a machine says of its fetches, and keeps what came until the machine says what to do with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import trio
 
 from prime_async.errors import ChunkUnavailableError, DeadlineError, PeerUnreachableError, ProtocolError
-from prime_async.machines.vocabulary import Event, Fetch, Fetched, FetchFailed
+from prime_async.machines.vocabulary import CancelFetch, CancelFetches, Event, Fetch, Fetched, FetchFailed
 from prime_async.messages import ChunkKey
 from prime_async.transport.base import Chunk, Transport
 
@@ -36,17 +36,25 @@ class Fetcher:
         self._scopes: dict[tuple[str, ChunkKey], trio.CancelScope] = {}
         self._on_busy = on_busy
 
-    def start(self, fetch: Fetch) -> None:
-        """Begin to fetch."""
-        scope = self._scopes[fetch.peer, fetch.key] = trio.CancelScope()
-        self._nursery.start_soon(self._fetch, fetch, scope)
-        self._on_busy(True)
+    def perform(self, effect: Fetch | CancelFetch | CancelFetches) -> None:
+        match effect:
+            case Fetch():
+                self._start(effect)
+            case CancelFetch(peer=peer, key=key):
+                self._cancel(peer, key)
+            case CancelFetches():
+                self._cancel_all()
 
     def take(self, peer: str, key: ChunkKey) -> Chunk:
         """What came, once."""
         return self._held.pop((peer, key))
 
-    def cancel(self, peer: str, key: ChunkKey) -> None:
+    def _start(self, fetch: Fetch) -> None:
+        scope = self._scopes[fetch.peer, fetch.key] = trio.CancelScope()
+        self._nursery.start_soon(self._fetch, fetch, scope)
+        self._on_busy(True)
+
+    def _cancel(self, peer: str, key: ChunkKey) -> None:
         """Abandon one fetch, and what it brought, if that was not taken yet."""
         scope = self._scopes.pop((peer, key), None)
         if scope is not None:
@@ -55,7 +63,7 @@ class Fetcher:
         self._retract(lambda e: isinstance(e, Fetched | FetchFailed) and (e.peer, e.key) == (peer, key))
         self._held.pop((peer, key), None)
 
-    def cancel_all(self) -> None:
+    def _cancel_all(self) -> None:
         """Abandon all fetches, and what they brought."""
         for scope in self._scopes.values():
             scope.cancel()

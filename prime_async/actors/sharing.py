@@ -201,12 +201,8 @@ class SharingActor:
         match effect:
             case Send(peer=peer, message=message):
                 self._transport.send(peer, message)
-            case Fetch():
-                self._fetcher.start(effect)
-            case CancelFetch(peer=peer, key=key):
-                self._fetcher.cancel(peer, key)
-            case CancelFetches():
-                self._fetcher.cancel_all()
+            case Fetch() | CancelFetch() | CancelFetches():
+                self._fetcher.perform(effect)
             case ReadManifest(peer=peer, key=key):
                 self._read_manifest(peer, key, self._fetcher.take(peer, key))
             case OpenSnapshot(round=number):
