@@ -56,6 +56,7 @@ from prime_async.machines.vocabulary import (
     DoorClosed,
     Encoded,
     Evaluated,
+    EvaluationStopped,
     Event,
     Fetched,
     FetchFailed,
@@ -1137,6 +1138,7 @@ def log_events() -> list[tuple[ActorName, Event]]:
         ("membership", LetIn(peer=C, key=B, name="bert", invited=True, refusal="the invitation has expired")),
         ("checkpoint", FetchFile(digest=D1)),
         ("checkpoint", LeaveFile(digest=D1)),
+        ("training", EvaluationStopped()),
     ]
 
 

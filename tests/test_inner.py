@@ -263,6 +263,23 @@ def test_other_weights_are_evaluated_without_a_trace() -> None:
     assert torch.equal(other, start)
 
 
+def test_an_evaluation_can_be_stopped_after_each_piece_of_a_batch_and_gives_the_weights_back() -> None:
+    trainer = trainer_of(run_spec(batch_size=4), micro_batch_size=2)
+    before, other = trainer.flat.clone(), torch.zeros_like(trainer.flat)
+    pieces: list[int] = []
+
+    def stop_after_three() -> None:
+        pieces.append(1)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(None, other, stop_after_three)
+    assert len(pieces) == 3
+    assert torch.equal(trainer.flat, before)
+    assert not other.any()
+
+
 def test_a_failing_evaluation_gives_the_weights_back() -> None:
     trainer = trainer_of(run_spec())
     before, other = trainer.flat.clone(), torch.zeros_like(trainer.flat)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -48,7 +49,7 @@ from prime_async.machines.facts import (
     StateSaved,
     ViewAdopted,
 )
-from prime_async.machines.vocabulary import Heard
+from prime_async.machines.vocabulary import EvaluationStopped, Heard
 from prime_async.messages import Have, Ready, encode
 from prime_async.node import Node, open_node
 from prime_async.node.build import node_ledger
@@ -115,6 +116,21 @@ class Walker(BufferWorkload):
     def end_import(self, round: int) -> bytes:
         self.moved = 0.0
         return super().end_import(round)
+
+
+class Examined(Walker):
+    """Its evaluation takes hours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examined = threading.Event()
+
+    def evaluate(self, on_batch: Callable[[], None]) -> float:
+        for _ in range(2**20):
+            time.sleep(0.01)  # this is a batch
+            self.examined.set()
+            on_batch()
+        return 1.0
 
 
 class Garbler(Walker):
@@ -470,6 +486,22 @@ async def test_a_node_that_is_stopped_finishes_its_round(place: Place) -> None:
                 assert await digests(second) == {}  # the events have ended
             done = first.round
             await until(first, RoundFinished, lambda f: f.round > done)  # and the other goes on
+
+
+@pytest.mark.parametrize("how", ["told to", "at the end of the block"])
+async def test_a_node_that_leaves_does_not_wait_for_its_evaluation(place: Place, how: str) -> None:
+    """Given an evaluation that takes hours, when its node leaves, then at once, and without inner steps."""
+    walker = Examined()
+    with trio.fail_after(LIMIT_S):
+        async with place.node(0, walker) as node:
+            await trio.to_thread.run_sync(walker.examined.wait, LIMIT_S)
+            if how == "told to":
+                node.stop()
+                await node.wait()
+        reports = [fact async for fact in node.events]
+    assert not any(isinstance(f, HeldOutLoss | InnerStepDone) for f in reports)
+    assert EvaluationStopped() in [record.event for record in read_log(place.directory / "n0.log").records]
+    assert place.replayed(0) > 0
 
 
 async def test_leaving_the_block_early_stops_after_the_step_and_keeps_the_state(place: Place) -> None:

@@ -17,6 +17,7 @@ from prime_async.machines.vocabulary import (
     Encoded,
     Evaluate,
     Evaluated,
+    EvaluationStopped,
     Event,
     Fail,
     Halt,
@@ -30,6 +31,7 @@ from prime_async.machines.vocabulary import (
     Save,
     Saved,
     StateAt,
+    StopEvaluation,
     StopSteps,
     Tick,
     ViewChanged,
@@ -125,7 +127,7 @@ def test_nothing_else_touches_the_tensors_meanwhile(while_in: str) -> None:
         give(node, Encoded(round=0, finite=False))
     assert while_in in (node.phase, node.exchange)
     effects = give(node, means(), seen(), Begin(round=0), Leave())
-    assert effects == ([StopSteps()] if while_in == "stepping" else [])
+    assert effects == {"stepping": [StopSteps()], "evaluating": [StopEvaluation()]}.get(while_in, [])
 
 
 @pytest.mark.parametrize("outcome", [[done()], [done(), Encoded(round=0, finite=True)]])
@@ -212,9 +214,7 @@ def test_progress_that_is_not_finite_takes_what_was_carried_over_with_it() -> No
 def test_a_slow_node_that_was_told_to_leave_does_not_begin_another_round() -> None:
     node = stepping(rounds=7)
     give(node, Leave(), means(position=-1), done(steps=3))
-    effects = give(node, applied())
-    assert of(Evaluate, effects)
-    assert of(Save, give(node, Evaluated(loss=1.0)))
+    assert of(Save, give(node, applied()))
 
 
 def test_means_of_a_round_to_come_wait_for_it() -> None:
@@ -420,8 +420,40 @@ def test_told_to_leave_it_finishes_the_round() -> None:
     give(node, Encoded(round=0, finite=True))
     give(node, means())
     effects = give(node, applied())
-    assert of(Evaluate, effects)
-    assert of(Save, give(node, Evaluated(loss=1.0)))
+    assert not of(Evaluate, effects)
+    assert of(Save, effects)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_told_to_leave_it_does_not_wait_for_an_evaluation(at_once: bool) -> None:
+    """Nor does it begin another one; also one at the end of the run is stopped."""
+    first = training()
+    give(first, seen(), Begin(round=0))
+    last = exchanging(rounds=1)
+    give(last, means(), applied())
+    for node in (first, last):
+        assert give(node, Leave(at_once=at_once)) == [StopEvaluation()]
+        assert give(node, Leave(at_once=at_once)) == []
+        effects = give(node, EvaluationStopped())
+        assert of(Save, effects)
+        assert not of(Evaluate, effects)
+
+
+def test_an_evaluation_that_was_done_when_it_was_told_to_stop_counts() -> None:
+    node = training()
+    give(node, seen(), Begin(round=0), Leave())
+    effects = give(node, Evaluated(loss=5.0))
+    assert facts(HeldOutLoss, effects) == [HeldOutLoss(round=0, loss=5.0)]
+    assert of(Save, effects)
+
+
+def test_told_to_halt_it_stops_an_evaluation_and_begins_it_again_when_it_goes_on() -> None:
+    node = training()
+    give(node, seen(), Begin(round=0))
+    assert give(node, Halt()) == [StopEvaluation()]
+    assert told(give(node, EvaluationStopped()), "checkpoint") == [Halted()]
+    assert give(node, Begin(round=7)) == [Evaluate(round=7)]
+    assert of(RunSteps, give(node, Evaluated(loss=1.0))) == [RunSteps(round=7, steps=10)]
 
 
 def test_told_to_leave_at_once_it_stops_after_the_step_that_is_under_way() -> None:
@@ -450,8 +482,7 @@ def test_a_node_that_has_nothing_to_do_leaves_at_once() -> None:
     assert give(training(), Leave()) == [Save()]
     node = training()
     give(node, seen(active=False), Begin(round=0))
-    assert of(Evaluate, give(node, Leave()))
-    assert of(Save, give(node, Evaluated(loss=1.0)))
+    assert of(Save, give(node, Leave()))
 
 
 def test_a_state_that_was_not_saved_is_not_reported() -> None:

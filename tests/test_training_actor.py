@@ -30,6 +30,9 @@ from prime_async.machines.vocabulary import (
     Encode,
     Encoded,
     EndImport,
+    Evaluate,
+    Evaluated,
+    EvaluationStopped,
     Event,
     Fetch,
     Fetched,
@@ -38,6 +41,7 @@ from prime_async.machines.vocabulary import (
     Imported,
     RunSteps,
     StepsDone,
+    StopEvaluation,
     StopSteps,
 )
 from prime_async.messages import ChunkInfo, ChunkKey, bitmap
@@ -53,18 +57,31 @@ LIMIT_S = 10.0
 
 
 class Noting(BufferWorkload):
-    """Its inner steps wait for a permit each; it notes which chunks counted it. What is not finite it refuses."""
+    """Its inner steps, and its batches, wait for a permit each. It notes which chunks counted it.
+
+    What is not finite it refuses.
+    """
 
     def __init__(self, seed: int = 1) -> None:
         super().__init__(BufferWorkload.random(600, 256, make_codec("fp32"), seed).values, 256, make_codec("fp32"))
         self.permits = threading.Semaphore(0)
         self.included: dict[int, bool] = {}
+        self.batches = self.evaluated = 0
+        self.examined = threading.Event()
         self.import_gate: Callable[[], object] = lambda: None
 
     def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:
         for step in range(steps):
             assert self.permits.acquire(timeout=LIMIT_S)
             on_step(StepReport(step=step + 1, loss=1.0, tokens=10, seconds=0.0))
+
+    def evaluate(self, on_batch: Callable[[], None]) -> float:
+        for _ in range(self.batches):
+            assert self.permits.acquire(timeout=LIMIT_S)
+            self.evaluated += 1
+            self.examined.set()
+            on_batch()
+        return float(self.batches)
 
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
         self.included[chunk] = included
@@ -138,6 +155,31 @@ async def test_what_ended_the_last_steps_does_not_end_the_next() -> None:
         done = await bench.posted()
         assert isinstance(done, StepsDone)
         assert (done.steps, done.tokens) == (3, 30)
+
+
+async def test_an_evaluation_ends_between_two_batches_when_it_is_told_to_and_the_next_one_does_not() -> None:
+    """Given an evaluation of a great many batches, when it is stopped, then it ends, and one that is not has a loss."""
+    async with training() as bench:
+        bench.workload.batches = 2**20
+        bench.workload.permits.release(2)
+        bench.actor.perform(Evaluate(round=0))
+        bench.actor.perform(StopEvaluation())  # before the first batch, maybe
+        assert await bench.posted() == EvaluationStopped()
+
+        bench.workload.batches = 3
+        bench.workload.permits.release(3)
+        bench.actor.perform(Evaluate(round=1))
+        assert await bench.posted() == Evaluated(loss=3.0)
+
+
+async def test_an_evaluation_is_cancelled_between_two_batches() -> None:
+    """Defect: a node that ended for an error waited for its evaluation first."""
+    async with training() as bench:
+        bench.workload.batches = 2**20
+        bench.workload.permits.release(2**20)
+        bench.actor.perform(Evaluate(round=0))
+        await trio.to_thread.run_sync(bench.workload.examined.wait, LIMIT_S)
+    assert 0 < bench.workload.evaluated < 2**20
 
 
 async def test_a_contribution_is_written_for_an_audit_before_it_can_be_served(tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ def test_told_to_leave_while_it_makes_a_contribution_it_makes_it_and_waits_for_t
     assert give(node, Leave()) == []
     effects = give(node, done(), Captured(round=0), Encoded(round=0, finite=True))
     assert not of(RunSteps, effects)
-    give(node, means(), applied(), Merged(round=0))
-    assert of(Save, give(node, Evaluated(loss=1.0)))
+    give(node, means(), applied())
+    assert of(Save, give(node, Merged(round=0)))
 
 
 def test_told_to_leave_while_it_waits_for_a_round_it_does_no_more_steps() -> None:
@@ -193,7 +193,7 @@ def test_told_to_leave_while_it_waits_for_a_round_it_does_no_more_steps() -> Non
     assert give(node, Leave()) == [StopSteps()]
     assert not of(Save, give(node, done(steps=2)))
     give(node, means(), applied())
-    assert of(Evaluate, give(node, Merged(round=0)))
+    assert of(Save, give(node, Merged(round=0)))
 
 
 def test_told_to_leave_with_another_contribution_complete_it_leaves_after_that() -> None:
@@ -201,7 +201,7 @@ def test_told_to_leave_with_another_contribution_complete_it_leaves_after_that()
     give(node, done(), Leave(), means(), applied())
     assert of(Encode, give(node, Merged(round=0))) == [Encode(round=1, beside=True)]
     give(node, Captured(round=1), Encoded(round=1, finite=True), means(1), applied(2))
-    assert of(Evaluate, give(node, Merged(round=1)))
+    assert of(Save, give(node, Merged(round=1)))
 
 
 @pytest.mark.parametrize("while_in", ["encoding", "applying"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -23,6 +24,7 @@ from prime_async.machines.vocabulary import (
     Encoded,
     Evaluate,
     Evaluated,
+    EvaluationStopped,
     Event,
     Fail,
     GiveUp,
@@ -34,6 +36,7 @@ from prime_async.machines.vocabulary import (
     Save,
     Saved,
     StepsDone,
+    StopEvaluation,
     StopSteps,
     TakeBack,
 )
@@ -58,8 +61,8 @@ class Stepping(Protocol):
         ...
 
 
-class _StepsStopped(Exception):
-    """Ends ``Workload.train`` after a step."""
+class _Stopped(Exception):
+    """Ends ``Workload.train`` after a step, and ``Workload.evaluate`` after a batch."""
 
 
 class TrainingActor:
@@ -115,7 +118,10 @@ class TrainingActor:
             case TakeBack(round=round):
                 self._nursery.start_soon(self._put_right, round, self._tensors.workload.take_back)
             case Evaluate():
+                self._stop = False
                 self._nursery.start_soon(self._evaluate)
+            case StopEvaluation():
+                self._stop = True
             case Restore():
                 self._nursery.start_soon(self._restore)
             case Save():
@@ -149,11 +155,11 @@ class TrainingActor:
             trio.from_thread.check_cancelled()  # the await below does not end before this thread does
             trio.from_thread.run_sync(self._on_step, effect.round, report)
             if self._stop and steps < effect.steps:
-                raise _StepsStopped
+                raise _Stopped
 
         def train() -> float:
             began = time.perf_counter()
-            with suppress(_StepsStopped):
+            with suppress(_Stopped):
                 self._tensors.workload.train(effect.steps, on_step)
             return time.perf_counter() - began
 
@@ -242,8 +248,20 @@ class TrainingActor:
         self._post(Restored())
 
     async def _evaluate(self) -> None:
-        loss = await trio.to_thread.run_sync(self._tensors.workload.evaluate, limiter=self._trainer_limiter)
-        self._post(Evaluated(loss=loss))
+        """In the thread of the inner steps. It is stopped, and cancelled, between two batches."""
+
+        def on_batch() -> None:
+            trio.from_thread.check_cancelled()
+            if self._stop:
+                raise _Stopped
+
+        evaluate = partial(self._tensors.workload.evaluate, on_batch)
+        try:
+            loss = await trio.to_thread.run_sync(evaluate, limiter=self._trainer_limiter)
+        except _Stopped:
+            self._post(EvaluationStopped())
+        else:
+            self._post(Evaluated(loss=loss))
 
     async def _restore(self) -> None:
         await self._tensors.run(self._tensors.workload.restore)

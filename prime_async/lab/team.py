@@ -131,7 +131,7 @@ class Team:
 
     def evaluate(self, batches: int | None = EVALUATION_BATCHES) -> float:
         """Held-out loss of the outer weights, nats per token; ``None``: of all that is held out."""
-        return self.workers[0].workload.evaluate(batches)
+        return self.workers[0].workload.evaluate(batches=batches)
 
     def _do_round(self, *, is_last: bool) -> bytes:
         is_synchronous = self.run.is_synchronous(self.round)

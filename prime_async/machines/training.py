@@ -30,6 +30,8 @@ The rules:
 * Told to leave, it finishes the round, saves, and leaves; at once, it stops after the inner step that is under way.
   It does not wait for a round that cannot close, with too few members. Before it leaves, and before the end of the
   run, it does no inner steps that could not count any more.
+* Nobody waits for an evaluation: a node that is told to leave, or to halt, stops the one that is under way. One that
+  leaves begins no other; one that halted begins it again when it goes on.
 * Told to halt, it stops where it is and answers when the tensors are at rest. Told to begin before that, it does not
   halt. One that is on its way out does not answer: it saves first, and nobody touches the tensors meanwhile.
 * A witness applies what is committed, and saves, and that is all.
@@ -58,6 +60,7 @@ from prime_async.machines.vocabulary import (
     Encoded,
     Evaluate,
     Evaluated,
+    EvaluationStopped,
     Event,
     Fail,
     GiveUp,
@@ -77,6 +80,7 @@ from prime_async.machines.vocabulary import (
     Saved,
     StateAt,
     StepsDone,
+    StopEvaluation,
     StopSteps,
     TakeBack,
     Tell,
@@ -152,7 +156,7 @@ class Training:
     offered_as: int = 0  # that number, when the last one was encoded
     evaluated_round: int = -1
     account: Account = field(init=False)
-    stopping: bool = False  # the steps under way are told to end early
+    stopping: bool = False  # the steps, or the evaluation, under way are told to end early
     steps_until: float = 0.0  # if the contribution ends with the clock
     steps_done: int = 0  # since the start
     training_s: float = 0.0  # since the round before was finished
@@ -196,6 +200,9 @@ class Training:
                 self._on_merged(now, out)
             case Evaluated(loss=loss):
                 out.append(Report(fact=HeldOutLoss(round=self.round, loss=loss)))
+                self._rest(now, out)
+            case EvaluationStopped():
+                self.evaluated_round = -1
                 self._rest(now, out)
             case Captured() | Restored():
                 self._rest(now, out)
@@ -321,7 +328,7 @@ class Training:
         return self.account.offer is None or not (self.leaving or 0 < self.settings.rounds <= self.round + 1)
 
     def _evaluation_is_due(self, last: bool) -> bool:
-        if self.settings.witness or self.evaluated_round == self.round:
+        if self.settings.witness or self.leaving or self.evaluated_round == self.round:
             return False
         every = self.settings.evaluate_every
         return last or self.evaluated_round < 0 or (every > 0 and self.round % every == 0)
@@ -377,11 +384,16 @@ class Training:
             out.append(Restore())
 
     def _evaluate(self, out: list[Effect]) -> None:
-        self.phase, self.evaluated_round = "evaluating", self.round
+        self.phase, self.stopping, self.evaluated_round = "evaluating", False, self.round
         out.append(Evaluate(round=self.round))
 
+    def _stop_evaluation(self, out: list[Effect]) -> None:
+        if self.phase == "evaluating" and not self.stopping:
+            self.stopping = True
+            out.append(StopEvaluation())
+
     def _finish(self, out: list[Effect]) -> None:
-        if not self.at_once and self.begun and self._evaluation_is_due(last=True):
+        if self.begun and self._evaluation_is_due(last=True):
             self._evaluate(out)
         else:
             self.phase = "saving"
@@ -538,9 +550,11 @@ class Training:
             self.at_once = True
         if at_once or not self._steps_could_count:
             self._stop_steps(out)
+        self._stop_evaluation(out)
         self._go_on(now, out)
 
     def _on_halt(self, now: float, out: list[Effect]) -> None:
         self.halting = True
         self._stop_steps(out)
+        self._stop_evaluation(out)
         self._go_on(now, out)

@@ -274,6 +274,10 @@ class Evaluated(Struct, frozen=True, kw_only=True, tag="evaluated"):
     loss: float
 
 
+class EvaluationStopped(Struct, frozen=True, kw_only=True, tag="evaluation_stopped"):
+    """It was told to end early: there is no loss."""
+
+
 class Restored(Struct, frozen=True, kw_only=True, tag="restored"):
     """The local weights are the outer weights again, or without what was given up."""
 
@@ -396,7 +400,7 @@ Event: TypeAlias = (
     Tick | Heard | DoorClosed | Offended | Reached | BallotStored | StateAt | RunAt | ViewChanged | CommitReady
     | Weighed | FoundUnusable | Progress | Measured | AskAgain | FetchState | Begin | Halt | Halted | ContributionFixed
     | Rejected | ContributionTaken | MeansCommitted | Leave | Fetched | FetchFailed | Reduced | StepsDone | Captured
-    | Encoded | Applied | Merged | Evaluated | Restored | Saved | ChunkImported | Imported
+    | Encoded | Applied | Merged | Evaluated | EvaluationStopped | Restored | Saved | ChunkImported | Imported
     | MeansStored | LedgerAt | RecordRead | ManifestRead | RoundOpened | SnapshotOpened | ChunkStored | RoundStored
     | SnapshotStored | LedgerFailed | FetchFile | LeaveFile | LetIn | Told
 )  # fmt: skip
@@ -619,6 +623,10 @@ class Evaluate(Struct, frozen=True, kw_only=True, tag="evaluate"):
     round: int
 
 
+class StopEvaluation(Struct, frozen=True, kw_only=True, tag="stop_evaluation"):
+    """End ``Evaluate`` between two batches: ``EvaluationStopped``, or ``Evaluated`` if it was done by then."""
+
+
 class Restore(Struct, frozen=True, kw_only=True, tag="restore"):
     """Give up the local progress: ``Restored``."""
 
@@ -738,7 +746,8 @@ class Perform(Struct, frozen=True, kw_only=True, tag="perform"):
 Effect: TypeAlias = (
     WakeAt | Report | Tell | Send | Dial | ConnectMembers | KeyToLetIn | StoreBallot | Fail | Finish | Fetch
     | CancelFetches | CancelFetch | AdoptMean | Settle | Reduce | Forget
-    | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | TakeBack | Evaluate | Restore | Save
+    | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | TakeBack | Evaluate | StopEvaluation
+    | Restore | Save
     | ImportChunk | EndImport | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk
     | StoreRecord | AdoptRound | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
     | Perform

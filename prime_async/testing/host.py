@@ -154,7 +154,7 @@ class SimNode:
     garbles: bool = False  # its next contribution is of bytes that no mean can be made of, in some chunks at least
     counted: dict[int, set[int]] = field(default_factory=dict)
     applied: dict[int, bytes] = field(default_factory=dict)
-    run_number: int = 0  # of the RunSteps under way
+    run_number: int = 0  # of the RunSteps, or Evaluate, under way
     run_began: float = 0.0
     run_step_s: float = 0.0
     serves_state: bool = True

@@ -19,7 +19,7 @@ from prime_async.work.inner import EVALUATION_BATCHES, Span
 from prime_async.work.outer import OuterState
 from prime_async.work.reducers import make_reducer
 from prime_async.work.schedule import pace
-from prime_async.work.workload import StepReport
+from prime_async.work.workload import StepReport, nothing
 
 ELEMENTS: Final = 1024
 
@@ -83,6 +83,7 @@ class ScriptedTrainer:
         self,
         batches: int | None = EVALUATION_BATCHES,  # noqa: ARG002
         weights: Tensor | None = None,  # noqa: ARG002
+        on_batch: Callable[[], None] = nothing,  # noqa: ARG002
     ) -> float:
         """There is no held-out text: NaN."""
         return math.nan

@@ -50,6 +50,7 @@ from prime_async.machines.vocabulary import (
     Send,
     Settle,
     StateAt,
+    StopEvaluation,
     StopSteps,
     StoreBallot,
     TakeBack,
@@ -380,7 +381,7 @@ class Simulation:
                 self.store.forget(node, effect)
             case (
                 RunSteps() | StopSteps() | Encode() | Apply() | Merge() | GiveUp() | TakeBack() | Evaluate()
-                | Restore() | Save() | ImportChunk() | EndImport()
+                | StopEvaluation() | Restore() | Save() | ImportChunk() | EndImport()
             ):  # fmt: skip
                 self.work.perform(node, effect)
             case _:

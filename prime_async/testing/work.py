@@ -19,6 +19,8 @@ from prime_async.machines.vocabulary import (
     EndImport,
     Evaluate,
     Evaluated,
+    EvaluationStopped,
+    Event,
     FetchFailed,
     GiveUp,
     ImportChunk,
@@ -31,6 +33,7 @@ from prime_async.machines.vocabulary import (
     Save,
     Saved,
     StepsDone,
+    StopEvaluation,
     StopSteps,
     TakeBack,
 )
@@ -91,7 +94,10 @@ class Work:
             case TakeBack():
                 post(node, "training", Restored(), TENSOR_S)
             case Evaluate():
-                post(node, "training", Evaluated(loss=1.0), TENSOR_S)
+                node.run_number += 1
+                self._end_evaluation_later(node, Evaluated(loss=1.0), TENSOR_S)
+            case StopEvaluation():
+                self._end_evaluation_later(node, EvaluationStopped(), TENSOR_S / 4)
             case Restore():
                 node.base = dict.fromkeys(range(self.settings.chunk_count), node.steps)
                 node.not_finite = False
@@ -129,6 +135,17 @@ class Work:
         node.steps += steps
         tokens, seconds = steps * TOKENS_PER_STEP, self.kernel.now - node.run_began
         self.kernel.give(node, "training", StepsDone(steps=steps, tokens=tokens, seconds=seconds))
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def _end_evaluation_later(self, node: SimNode, outcome: Event, after_s: float) -> None:
+        """One that is told to stop may be done before."""
+        self.kernel.later(after_s, self.kernel.on, node, self._end_evaluation, node, node.run_number, outcome)
+
+    def _end_evaluation(self, node: SimNode, number: int, outcome: Event) -> None:
+        if number == node.run_number and node.running:
+            node.run_number += 1
+            self.kernel.give(node, "training", outcome)
 
     # --- the outer step -----------------------------------------------------------------------------------------
 

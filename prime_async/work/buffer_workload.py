@@ -166,7 +166,7 @@ class BufferWorkload:
     def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:  # noqa: ARG002
         return False
 
-    def evaluate(self) -> float:
+    def evaluate(self, on_batch: Callable[[], None]) -> float:  # noqa: ARG002
         return math.nan
 
     def _view(self, chunk: int) -> Tensor:

@@ -25,7 +25,7 @@ from prime_async.work.reducers import Reducer, make_reducer, mean
 from prime_async.work.schedule import Pace, pace
 from prime_async.work.threads import torch_threads
 from prime_async.work.witness import OuterWorkload, open_witness
-from prime_async.work.workload import StepReport, Workload
+from prime_async.work.workload import StepReport, Workload, nothing
 
 RESIDUAL_DECAY = 0.95
 """Of what ``topk`` dropped, per contribution: SparseLoCo's (arXiv 2508.15706)."""
@@ -70,8 +70,16 @@ class Trainer(Protocol):
         """Take over what ``optimizer_state`` gave. ``False``, and nothing has changed, if it does not fit."""
         ...
 
-    def evaluate(self, batches: int | None = EVALUATION_BATCHES, weights: Tensor | None = None) -> float:
-        """Held-out loss, nats per token, at ``flat``, or at ``weights``, which trade places with it meanwhile."""
+    def evaluate(
+        self,
+        batches: int | None = EVALUATION_BATCHES,
+        weights: Tensor | None = None,
+        on_batch: Callable[[], None] = nothing,
+    ) -> float:
+        """Held-out loss, nats per token, at ``flat``, or at ``weights``, which trade places with it meanwhile.
+
+        ``on_batch`` as in :meth:`~prime_async.work.workload.Workload.evaluate`.
+        """
         ...
 
 
@@ -376,16 +384,16 @@ class DilocoWorkload(OuterWorkload):
     def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:
         return self.trainer.load_optimizer_state(tensors)
 
-    def evaluate(self, batches: int | None = EVALUATION_BATCHES) -> float:
+    def evaluate(self, on_batch: Callable[[], None] = nothing, *, batches: int | None = EVALUATION_BATCHES) -> float:
         """Of so many ``batches``, or with ``None`` of all that is held out.
 
         If the local weights are others than the outer ones, the two trade places, and exporting waits meanwhile.
         """
         with torch_threads(self._threads):
             if all(map(self._is_equal, range(self.chunk_count))):
-                return self.trainer.evaluate(batches)
+                return self.trainer.evaluate(batches, on_batch=on_batch)
             with self._outer.whole_theta() as theta:
-                return self.trainer.evaluate(batches, weights=theta)
+                return self.trainer.evaluate(batches, theta, on_batch)
 
     def _most_elements(self) -> int:
         """Of one fragment."""

@@ -24,7 +24,7 @@ from prime_async.work.device import Device
 from prime_async.work.llama import cross_entropy, max_z
 from prime_async.work.optimizer import InnerOptimizer
 from prime_async.work.schedule import learning_rate, total_steps
-from prime_async.work.workload import StepReport
+from prime_async.work.workload import StepReport, nothing
 
 EVALUATION_BATCHES = 32
 SWAP_ELEMENTS = 2**20
@@ -121,16 +121,22 @@ class InnerTrainer:
             found.setdefault(name, {})[kind] = tensor
         return self._optimizer.load(found)
 
-    def evaluate(self, batches: int | None = EVALUATION_BATCHES, weights: Tensor | None = None) -> float:
+    def evaluate(
+        self,
+        batches: int | None = EVALUATION_BATCHES,
+        weights: Tensor | None = None,
+        on_batch: Callable[[], None] = nothing,
+    ) -> float:
         """Held-out loss in nats per token of the current weights, or of ``weights``.
 
         ``batches`` of ``[run.inner] batch_size`` sequences, the same ones each time; None: all that is held out. Just
         after a blocking round the local weights are the outer weights: then leave ``weights`` out. Else
         ``weights`` ``(n,)`` fp32, on any device, trades places with ``flat``, piece by piece, and back when it is done,
-        so that there is no second copy: meanwhile it holds the local weights, and nobody may read it.
+        so that there is no second copy: meanwhile it holds the local weights, and nobody may read it. ``on_batch`` is
+        called after each micro-batch, and may raise to stop there: the weights are back in their places then.
         """
         with contextlib.nullcontext() if weights is None else _swapped(self.flat, weights):
-            return self._evaluate(batches)
+            return self._evaluate(batches, on_batch)
 
     def _step(self, step: int, batch: int) -> float:
         """One optimiser step; returns the loss."""
@@ -163,7 +169,7 @@ class InnerTrainer:
             total += loss.detach() * share
         return total
 
-    def _evaluate(self, batches: int | None) -> float:
+    def _evaluate(self, batches: int | None, on_batch: Callable[[], None]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device.torch_device)
         tokens = 0
         self.model.eval()
@@ -174,6 +180,7 @@ class InnerTrainer:
                         loss = cross_entropy(self._logits(inputs), targets)
                     total += loss.double() * targets.numel()
                     tokens += targets.numel()
+                    on_batch()
         return float(total) / tokens if tokens else float("nan")
 
     def _micro_batches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from prime_async.work.inner import Span, list_spans
 from prime_async.work.outer import STATE_PREFIXES, OuterState
 from prime_async.work.reducers import Reducer, make_reducer, mean
 from prime_async.work.threads import torch_threads
-from prime_async.work.workload import Reduction, StepReport
+from prime_async.work.workload import Reduction, StepReport, nothing
 
 
 class OuterWorkload:
@@ -157,7 +157,7 @@ class OuterWorkload:
     def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:  # noqa: ARG002
         return False
 
-    def evaluate(self) -> float:
+    def evaluate(self, on_batch: Callable[[], None] = nothing) -> float:  # noqa: ARG002
         """NaN: that takes a model and data."""
         return math.nan
 

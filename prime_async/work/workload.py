@@ -36,6 +36,10 @@ class Reduction:
     left_out: list[int]
 
 
+def nothing() -> None:
+    """What is done after each batch where nobody asks for more."""
+
+
 class Workload(Protocol):
     """A flat vector of fp32 elements in chunks, shared by all nodes, and the local work that moves it."""
 
@@ -211,6 +215,9 @@ class Workload(Protocol):
         """Take over what ``inner_state`` gave. ``False``, and nothing has changed, if it does not fit the model."""
         ...
 
-    def evaluate(self) -> float:
-        """Held-out loss of the outer weights, nats per token; NaN if the workload has none."""
+    def evaluate(self, on_batch: Callable[[], None]) -> float:
+        """Held-out loss of the outer weights, nats per token; NaN if the workload has none.
+
+        ``on_batch`` is called after each batch, or part of one, and may raise to stop there: then all is as it was.
+        """
         ...
