@@ -8,16 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import pytest
+import torch
 import trio
 
 from prime_async.bench.netlab import Lab, address
 from prime_async.config.load import config_from
+from prime_async.config.schema import RunSpec
 from prime_async.config.template import node_toml
+from prime_async.log import read_log
+from prime_async.machines.vocabulary import Captured, Merged, StepsDone
 from prime_async.transport.keys import read_key_file, write_key_file
 from tests.processes import ROOT
 
@@ -59,14 +64,12 @@ MODES: Final[Mapping[str, Mapping[str, Any]]] = {
 
 def modes(*usual: str) -> list[Any]:
     """All modes, as parameters of a test; all but the ``usual`` ones are long."""
-    import pytest  # which a node has no use for
 
     return [pytest.param(mode, marks=() if mode in usual else pytest.mark.long) for mode in MODES]
 
 
 def pairs(usual: Collection[tuple[str, str]], others: Iterable[str]) -> list[Any]:
     """Each of ``others`` in each mode, as parameters of a test; all but the ``usual`` pairs are long."""
-    import pytest
 
     every = itertools.product(others, MODES)
     return [pytest.param(*pair, marks=() if pair in usual else pytest.mark.long) for pair in every]
@@ -74,7 +77,6 @@ def pairs(usual: Collection[tuple[str, str]], others: Iterable[str]) -> list[Any
 
 def paced_model(run: RunSpec, vocab_size: int) -> nn.Module:
     """131,072 parameters for the 256 byte tokens. An inner step lasts ``PACE_S``, which it sleeps."""
-    import torch  # by a node alone
 
     torch.manual_seed(run.seed)
     width = 256
@@ -286,3 +288,15 @@ def assert_no_step_is_lost(node: NodeProcess) -> None:
             counted[fragment] += fact["tokens"]
             since = steps_at[done] - steps_at[counted[fragment]]
             assert since <= allowed, f"{node.name} after round {fact['round']}"
+
+
+def delays_in(path: Path) -> Iterator[tuple[int, int]]:
+    steps = 0
+    for record in read_log(path).records:
+        match record.event:
+            case Captured():
+                steps = 0
+            case StepsDone(steps=more):
+                steps += more
+            case Merged(round=round):
+                yield round, steps

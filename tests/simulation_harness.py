@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeVar
 
+from prime_async.machines.facts import Fact
 from prime_async.messages import Message
 from prime_async.testing import SimNode, Simulation, SimulationSettings
 from prime_async.testing.properties import Properties
@@ -88,3 +90,20 @@ class Drops:
         hit = self.count > 0 and receiver == self.receiver and isinstance(message, self.kind)
         self.count -= hit
         return hit
+
+
+F = TypeVar("F", bound=Fact)
+SOON_S = 40.0
+"""Some rounds of 2 to 3 s, and the failure timeout, and then some."""
+KEEPS = replace(STEADY, snapshot_every=4, keep_snapshots=2, keep_rounds=6)
+ALL_MEANS = replace(STEADY, snapshot_every=1000, keep_rounds=1000)
+
+
+def facts_of(node: SimNode, kind: type[F]) -> list[F]:
+    return [fact for fact in node.facts if isinstance(fact, kind)]
+
+
+def agree(chaos: Chaos, limit_s: float = SOON_S) -> None:
+    """Everybody goes on, and at some time all have the same state."""
+    reach(chaos, newest_round(chaos) + 2, limit_s)
+    chaos.simulation.run_until(lambda: len({n.state for n in chaos.simulation.running}) == 1, limit_s)

@@ -11,8 +11,7 @@ import yaml
 
 from prime_async.watch.metrics import exposition
 from tests.processes import ROOT
-from tests.test_history import STORY
-from tests.test_watch import a_board
+from tests.watch_harness import STORY, a_board
 
 DEPLOY: Final = ROOT / "deploy"
 

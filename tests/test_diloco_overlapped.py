@@ -12,7 +12,7 @@ from prime_async.errors import ConfigError, LocalError, NonFiniteError
 from prime_async.work.codec import make_codec
 from prime_async.work.diloco import DilocoWorkload
 from prime_async.work.workload import Workload
-from tests.test_diloco import (
+from tests.tiny_models import (
     CHUNK,
     encoded,
     exchange,

@@ -47,9 +47,9 @@ from prime_async.testing.ledger import SimLedger
 from prime_async.testing.properties import BrokenPropertyError, Properties
 from prime_async.testing.schedules import Chaos, run_schedule
 from prime_async.testing.store import BrokenModelError
-from tests.simulation_harness import TIMEOUT_S, points, reach, steady
-from tests.test_exploration import run_kind
-from tests.test_simulation_ledger import ALL_MEANS, KEEPS, LIES, false_bytes, false_manifest, false_record
+from tests.exploration_kinds import run_kind
+from tests.lies import LIES, false_bytes, false_manifest, false_record
+from tests.simulation_harness import ALL_MEANS, KEEPS, TIMEOUT_S, points, reach, steady
 
 Run = Callable[[], object]
 

@@ -24,8 +24,8 @@ from prime_async.guest.side import trio_side
 from prime_async.machines.facts import Fact, InnerStepDone, RoundFinished
 from prime_async.machines.own import OwnActor
 from prime_async.transport.memory import MemoryNetwork
-from tests.test_node_memory import Place, Walker
-from tests.test_own_actors import Greet, Say, greeter
+from tests.greeter import Greet, Say, greeter
+from tests.memory_nodes import Place, Walker
 
 LIMIT_S = 30.0
 T = TypeVar("T")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prime_async.machines.facts import (
     CaughtUp,
     ChunksReassigned,
-    ChunksRedone,
     ContributorLeftOut,
     CutOff,
     Fact,
@@ -20,47 +18,16 @@ from prime_async.machines.facts import (
     InnerStepDone,
     MemberJoined,
     MemberLeft,
-    MemberLost,
-    MemberSeen,
-    MembersSeen,
     RemoteCopyFailed,
-    RoundFinished,
     SlowWake,
     SnapshotWritten,
     ViewAdopted,
 )
-from prime_async.messages import Figures, RoundTimes
 from prime_async.watch.history import CURVES, KEPT_EVENTS, KEPT_GONE, KEPT_ROUNDS, History
 from prime_async.watch.journal import FIGURES_EVERY_S, Journal
 from prime_async.watch.series import MAX_POINTS, Series
 from prime_async.watch.words import listed, seconds, size
-
-
-def figures(tokens: int = 1000, *, rounds: tuple[int, ...] = (), loss: float = 2.5, **more: Any) -> Figures:
-    times = tuple(
-        RoundTimes(round=r, training_ms=900, waiting_ms=50, exchange_ms=40, other_ms=10, tokens=100) for r in rounds
-    )
-    known = {"phase": "training", "tokens_per_s": 100, "training_ms": 900, "elapsed_ms": 1000}
-    return Figures(tokens=tokens, loss_micronats=round(loss * 1e6), rounds=times, **{**known, **more})
-
-
-def seen(*ids: str, first: int = 0, total: int = 0, round: int = 3, incarnation: int = 1, **more: Any) -> MembersSeen:
-    members = tuple(
-        MemberSeen(
-            id=id,
-            name=f"node-{id}",
-            incarnation=incarnation,
-            leads=id == "1",
-            active=True,
-            witness=id == "w",
-            round=round,
-            inner_steps=10,
-            silent_s=0.2,
-            figures=figures(**more),
-        )
-        for id in ids
-    )
-    return MembersSeen(epoch=1, view=2, first=first, total=total or len(ids), members=members)
+from tests.watch_harness import STORY, lost, redone, seen
 
 
 def fed(*facts: Fact, history: History | None = None) -> History:
@@ -73,14 +40,6 @@ def fed(*facts: Fact, history: History | None = None) -> History:
 
 def texts(history: History) -> list[str]:
     return [e["text"] for e in history.whole()["events"]]
-
-
-def lost(id: str, silent_s: float = 10.02) -> MemberLost:
-    return MemberLost(peer=id, name=f"node-{id}", silent_s=silent_s, view=3)
-
-
-def redone(*gone: str, chunks: int = 12, round: int = 41, took_s: float = 0.4) -> ChunksRedone:
-    return ChunksRedone(round=round, chunks=chunks, lost=gone, owners=("node-1", "node-2"), seconds=took_s)
 
 
 # --- in words -------------------------------------------------------------------------------------------------------
@@ -299,16 +258,6 @@ def journal(path: Path, max_bytes: int = 1 << 20) -> Journal:
     made = Journal(path, History("1", "node-1"), max_bytes)
     made.load()
     return made
-
-
-STORY: list[Fact] = [
-    seen("1", "2", "3", round=41, rounds=(40,)),
-    HeldOutLoss(round=41, loss=2.5),
-    lost("3"),
-    redone("node-3"),
-    RoundFinished(round=41, state_digest="ab", tokens=5, training_s=1.0, exchange_s=0.1),
-    seen("1", "2", round=42, rounds=(41,)),
-]
 
 
 def told(path: Path, facts: list[Fact], start: float = 1000.0) -> Journal:

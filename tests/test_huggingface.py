@@ -23,7 +23,7 @@ from prime_async.work.llama import Llama, LlamaConfig, build_llama, load_llama
 from prime_async.work.sizes import llama_shape
 from prime_async.work.tokenizer import BYTES, byte_tokenizer, open_tokenizer, run_tokenizer
 from prime_async.work.tokens import HuggingFaceCodec, write_tokens
-from tests.test_readme import block
+from tests.programs import block
 from tests.trained_node import train
 
 TOLERANCE = 1e-4

@@ -28,7 +28,7 @@ from prime_async.transport.memory import MemoryNetwork
 from prime_async.work.diloco import build_workload
 from prime_async.work.llama import LlamaConfig, build_llama, load_llama
 from prime_async.work.tokenizer import BYTES, byte_tokenizer
-from tests.test_readme import block
+from tests.programs import block
 
 pytestmark = pytest.mark.xdist_group("real time")
 LIMIT_S = 60.0

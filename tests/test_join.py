@@ -26,7 +26,7 @@ from prime_async.node.allow import INVITATIONS, LET_IN
 from prime_async.node.invite import Door, checked_run, make_invitation, open_door
 from prime_async.transport.base import Received
 from prime_async.transport.keys import generate
-from tests.test_cli import LIMIT_S, SMALL, command, lines_of, run, wait_for
+from tests.commands import LIMIT_S, SMALL, command, lines_of, run, wait_for
 from tests.test_restart import unused_tcp_ports
 
 

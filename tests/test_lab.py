@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ from prime_async.config.schema import (
     RunSpec,
 )
 from prime_async.lab.team import DataParallel, LabError, Team, no_delay
-from prime_async.log import read_log
-from prime_async.machines.vocabulary import Captured, Merged, StepsDone
 from prime_async.node.build import data_stream
-from tests.node_processes import NodeProcess, node_processes
+from tests.node_processes import NodeProcess, delays_in, node_processes
 
 STREAMS = (11, 12, 13)
 H = 4
@@ -183,18 +181,6 @@ def test_the_naive_delay_of_a_whole_round_loses() -> None:
 def delays_of(node: NodeProcess) -> dict[int, int]:
     """By round: the inner steps that it did between the boundary and the moment at which its local weights moved."""
     return dict(delays_in(node.directory / "node.log.cbor"))
-
-
-def delays_in(path: Path) -> Iterator[tuple[int, int]]:
-    steps = 0
-    for record in read_log(path).records:
-        match record.event:
-            case Captured():
-                steps = 0
-            case StepsDone(steps=more):
-                steps += more
-            case Merged(round=round):
-                yield round, steps
 
 
 def run_lab(nodes: Sequence[NodeProcess]) -> dict[int, str]:

@@ -20,12 +20,10 @@ from prime_async.guest.side import trio_side
 from prime_async.ledger.contents import BytesContent
 from prime_async.machines.facts import Fact, FileFetched, FileNowhere, PeerDropped
 from prime_async.node import Shelf, open_checkpoint, open_membership
-from tests.test_node_memory import LIMIT_S, Place, place
-from tests.test_node_zeromq import allow, configuration, key_of
-from tests.test_open_membership import program, replayed
-from tests.test_readme import block
+from tests.memory_nodes import LIMIT_S, Place
+from tests.programs import block, program, replayed
+from tests.zeromq_nodes import allow, configuration, key_of
 
-__all__ = ["place"]
 pytestmark = pytest.mark.xdist_group("real time")
 TIMES = {"heartbeat_s": 0.05, "failure_timeout_s": 0.5}
 CHUNK = 1024

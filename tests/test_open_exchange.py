@@ -17,9 +17,8 @@ import prime_async.guest
 from prime_async.errors import ConfigError, LocalError, NonFiniteError, RefusedError
 from prime_async.guest.side import trio_side
 from prime_async.node import Friends, open_exchange
-from tests.test_node_memory import LIMIT_S, Place, place
+from tests.memory_nodes import LIMIT_S, Place
 
-__all__ = ["place"]
 SHAPE = (30, 20)
 ELEMENTS = 600  # three chunks of 256, the last one shorter
 

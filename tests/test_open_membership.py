@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,22 +15,19 @@ import trio
 import prime_async.guest
 from prime_async.comparison import compare
 from prime_async.config.schema import Config
-from prime_async.config.template import node_toml
 from prime_async.errors import ConfigError, LocalError, RefusedError
 from prime_async.guest.side import trio_side
-from prime_async.log import read_log, replay
+from prime_async.log import read_log
 from prime_async.machines.facts import LeaderElected, ViewAdopted
 from prime_async.machines.own import Heard, OwnActor, OwnEffect, OwnEvent, Send
 from prime_async.machines.vocabulary import Tick, ViewChanged, WakeAt
 from prime_async.messages import Ready
 from prime_async.node import Change, Group, open_membership, open_node
 from prime_async.node.changes import Changes
-from tests.processes import ROOT
-from tests.test_node_memory import LIMIT_S, Place, Walker, place
-from tests.test_node_zeromq import allow, configuration, key_of
-from tests.test_readme import block
+from tests.memory_nodes import LIMIT_S, Place, Walker
+from tests.programs import block, program, replayed
+from tests.zeromq_nodes import allow, configuration, key_of
 
-__all__ = ["place"]
 pytestmark = pytest.mark.xdist_group("real time")
 TIMES = {"heartbeat_s": 0.05, "failure_timeout_s": 0.5}
 MARGIN_S = 2.0
@@ -336,42 +329,6 @@ def test_members_in_asyncio_are_told_the_same(place: Place) -> None:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-class Program:
-    """README's program in a process of its own, and what it has printed so far."""
-
-    def __init__(self, process: trio.Process) -> None:
-        self.process = process
-        self.said = ""
-
-    async def until(self, text: str) -> str:
-        """The rest of the line in which it says ``text``."""
-        assert self.process.stdout is not None
-        while not (found := re.search(re.escape(text) + r"(.*)\n", self.said)):
-            data = await self.process.stdout.receive_some()
-            assert data, f"it ended before it said {text!r}:\n{self.said}"
-            self.said += data.decode()
-        return found.group(1)
-
-
-@asynccontextmanager
-async def program(home: Path, config: Config, file: str, *arguments: str) -> AsyncIterator[Program]:
-    """``file``: of README's, in ``home``. It is killed at the end of the block."""
-    path = home / config.node.name / "node.toml"
-    path.write_text(node_toml(config), encoding="utf-8")
-    process = await trio.lowlevel.open_process(
-        [sys.executable, "-u", str(home / file), str(path), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield Program(process)
-    finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
-
-
 async def until_here(changes: Changes, *members: str) -> Change:
     async for change in changes:
         if {m.name for m in change.view.members} == set(members):
@@ -420,7 +377,3 @@ async def test_members_in_processes_that_are_killed_are_gone_within_the_failure_
             assert change.view.leader == here.id
             await two.until("leader is gone")
     assert replayed(tmp_path / "here" / "messages.log") > 50
-
-
-def replayed(log: Path) -> int:
-    return sum(1 for _ in replay(read_log(log)))

@@ -2,91 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any
 
 import msgspec
 import pytest
 import trio
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from prime_async.cli.replay import load_actor
 from prime_async.errors import ConfigError, LocalError, LogFormatError, ReplayMismatchError
 from prime_async.log import read_log, replay
 from prime_async.machines import vocabulary as v
-from prime_async.machines.own import Heard, Hosted, OwnActor, OwnEffect, OwnEvent, Send, write
+from prime_async.machines.own import Hosted, OwnActor, write
 from prime_async.machines.vocabulary import Perform, Tick, Told, ViewChanged, WakeAt
-from prime_async.messages import MAX_OWN_BYTES, Own, View, encode
+from prime_async.messages import MAX_OWN_BYTES, Own, encode
 from prime_async.node import Node, open_node
 from prime_async.testing.plugin import ReplayLog, replay_log
+from tests.greeter import Count, Greet, Greeter, Greeting, Say, greeter, heard
 from tests.machine_harness import full_member, view
-from tests.test_node_memory import LIMIT_S, Place, Walker, place
+from tests.memory_nodes import LIMIT_S, Place, Walker
 
-__all__ = ["place", "replay_log"]
-
-
-class Greeting(Struct, frozen=True, kw_only=True, tag=True):
-    text: Annotated[str, Meta(max_length=16)]
-
-
-class Count(Struct, frozen=True, kw_only=True, tag=True):
-    seen: int
-
-
-class Greet(Struct, frozen=True, kw_only=True, tag=True):
-    """From the program: greet all others."""
-
-    text: str
-
-
-class Say(Struct, frozen=True, kw_only=True, tag=True):
-    """To the program."""
-
-    who: str
-    text: str
-
-
-@dataclass
-class Greeter:
-    """Greets all members when it is told to, and again a moment later; says who greeted it."""
-
-    me: str
-    view: View | None = None
-    text: str = ""
-    heard: int = 0
-
-    def handle(self, now: float, event: OwnEvent) -> Sequence[OwnEffect]:
-        match event:
-            case ViewChanged(view=view):
-                self.view = view
-            case Greet(text=text):
-                self.text = text
-                return [*self._greet(), WakeAt(at=now + 0.05)]
-            case Tick():
-                return [*self._greet(), WakeAt(at=now + 0.05)]
-            case Heard(peer=peer, message=Greeting(text=text)):
-                self.heard += 1
-                return [Say(who=peer, text=text)] if self.heard == 1 else []
-            case _:
-                pass
-        return []
-
-    def _greet(self) -> list[OwnEffect]:
-        others = [m.id for m in self.view.members if m.id != self.me] if self.view else []
-        return [Send(peer=peer, message=Greeting(text=self.text)) for peer in others]
-
-
-def greeter(perform: Callable[[Any], None] = lambda _: None) -> OwnActor:
-    return OwnActor(
-        name="greeter", machine=Greeter, messages=Greeting | Count, events=Greet, effects=Say, perform=perform
-    )
-
-
-def heard(message: Struct | bytes, peer: str = "n1") -> v.Heard:
-    body = message if isinstance(message, bytes) else encode(message)
-    return v.Heard(peer=peer, message=Own(actor="greeter", body=body))
+__all__ = ["replay_log"]
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------

@@ -16,21 +16,14 @@ import httpx
 import pytest
 
 import prime_async
-from prime_async.docs import PAGES
 from prime_async.testing import Simulation
 from prime_async.transport.keys import read_key_file
 from tests.processes import processes_about
+from tests.programs import README, block
 from tests.pytest_plugin import LOADED
 
 pytestmark = pytest.mark.xdist_group("real time")
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PROGRAMS = README + (PAGES / "embedding.md").read_text(encoding="utf-8")
 LIMIT_S = 120.0
-
-
-def block(language: str, containing: str) -> str:
-    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", PROGRAMS, re.MULTILINE | re.DOTALL)
-    return next(text for text in blocks if containing in text)
 
 
 def test_a_users_own_model_and_data_train_in_the_embedding_program(tmp_path: Path) -> None:

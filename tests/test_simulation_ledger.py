@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
-import msgspec
 import pytest
 
 from prime_async.machines.checkpoint import Checkpoint
-from prime_async.machines.facts import CatchUpStarted, CaughtUp, Fact, LedgerTrouble, StateDiverged, StateMended
-from prime_async.messages import ChunkInfo, ChunkKey, Record
+from prime_async.machines.facts import CatchUpStarted, CaughtUp, LedgerTrouble, StateDiverged, StateMended
+from prime_async.messages import ChunkInfo, ChunkKey
 from prime_async.testing import SimNode, SimulationSettings
-from prime_async.testing.host import digest_of
 from prime_async.testing.schedules import Chaos
-from tests.simulation_harness import STEADY, are_at, newest_round, reach, steady
-
-F = TypeVar("F", bound=Fact)
-
-SOON_S = 40.0
-"""Some rounds of 2 to 3 s, and the failure timeout, and then some."""
-
-KEEPS = replace(STEADY, snapshot_every=4, keep_snapshots=2, keep_rounds=6)
-ALL_MEANS = replace(STEADY, snapshot_every=1000, keep_rounds=1000)
-
-
-def facts_of(node: SimNode, kind: type[F]) -> list[F]:
-    return [fact for fact in node.facts if isinstance(fact, kind)]
-
-
-def agree(chaos: Chaos, limit_s: float = SOON_S) -> None:
-    """Everybody goes on, and at some time all have the same state."""
-    reach(chaos, newest_round(chaos) + 2, limit_s)
-    chaos.simulation.run_until(lambda: len({n.state for n in chaos.simulation.running}) == 1, limit_s)
-
+from tests.lies import LIES
+from tests.simulation_harness import (
+    ALL_MEANS,
+    KEEPS,
+    SOON_S,
+    STEADY,
+    agree,
+    are_at,
+    facts_of,
+    newest_round,
+    reach,
+    steady,
+)
 
 # --- who is behind --------------------------------------------------------------------------------------------------
 
@@ -321,40 +311,6 @@ def test_damage_that_is_found_while_a_node_catches_up_is_mended_from_others() ->
 
 
 # --- liars ----------------------------------------------------------------------------------------------------------
-
-
-def false_record(chaos: Chaos, info: ChunkInfo) -> ChunkInfo:
-    """A record of the same round that proves itself, and not with the chain."""
-    contents = chaos.simulation.ledger.contents
-    record = contents[info.digest]
-    assert isinstance(record, Record)
-    commit = msgspec.structs.replace(record.commit, state=digest_of("false", record.commit.state))
-    lie = msgspec.structs.replace(record, commit=commit)
-    made = ChunkInfo(digest=digest_of("content", lie))
-    contents[made.digest] = lie
-    return made
-
-
-def false_manifest(chaos: Chaos, info: ChunkInfo) -> ChunkInfo:
-    contents = chaos.simulation.ledger.contents
-    state = contents[info.digest]
-    assert isinstance(state, tuple)
-    lie = digest_of("false", state[0]), state[1]
-    made = ChunkInfo(digest=digest_of("content", lie))
-    contents[made.digest] = lie
-    return made
-
-
-def false_bytes(_chaos: Chaos, info: ChunkInfo) -> ChunkInfo:
-    return msgspec.structs.replace(info, digest=digest_of("false", info.digest))
-
-
-LIES: list[tuple[str, Callable[[Chaos, ChunkInfo], ChunkInfo], SimulationSettings]] = [
-    ("record", false_record, ALL_MEANS),
-    ("mean", false_bytes, ALL_MEANS),
-    ("manifest", false_manifest, KEEPS),
-    ("state", false_bytes, KEEPS),
-]
 
 
 @pytest.mark.parametrize(("kind", "false", "settings"), LIES)

@@ -20,17 +20,19 @@ from prime_async.testing import SimNode, SimulationSettings
 from prime_async.testing.schedules import MODES, Chaos, mode_settings
 from tests.simulation_harness import (
     AIM_S,
+    ALL_MEANS,
     STEADY,
+    agree,
     are_at,
     assert_counted,
     begin,
+    facts_of,
     newest_round,
     points,
     reach,
     steady,
     steps_of,
 )
-from tests.test_simulation_ledger import ALL_MEANS, agree, facts_of
 
 EVERY = 40
 """Sweeps look at every so many-th event of a round."""

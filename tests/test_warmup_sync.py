@@ -20,19 +20,9 @@ from prime_async.node.node import open_node
 from prime_async.testing.schedules import Chaos, mode_settings
 from prime_async.transport.memory import MemoryNetwork
 from prime_async.work.diloco import build_workload
-from tests.simulation_harness import (
-    AIM_S,
-    STEADY,
-    are_at,
-    assert_counted,
-    begin,
-    newest_round,
-    points,
-    reach,
-    steps_of,
-)
-from tests.test_diloco import committed, ignore, run_spec, tiny_witness, tiny_workload
-from tests.test_lab import delays_in
+from tests.node_processes import delays_in
+from tests.simulation_harness import AIM_S, STEADY, are_at, assert_counted, begin, newest_round, points, reach, steps_of
+from tests.tiny_models import committed, ignore, run_spec, tiny_witness, tiny_workload
 
 MODES: Final = ("blocking", "overlapped", "eager")
 SYNC: Final = 2

@@ -25,25 +25,18 @@ from structlog.testing import capture_logs
 
 from prime_async.cli.preflight import _dashboard
 from prime_async.cli.status import ask, report, status
-from prime_async.config.load import config_from
 from prime_async.errors import AddressInUseError, ConfigError, EnvironmentFault, ProtocolError
 from prime_async.machines.facts import Fact, HeldOutLoss, InnerStepDone, RoundFinished, SnapshotWritten
 from prime_async.watch import board as board_module
 from prime_async.watch.board import MAX_VIEWERS, Board, events
 from prime_async.watch.history import History
-from prime_async.watch.journal import Journal
 from prime_async.watch.metrics import exposition
 from prime_async.watch.server import listen, serve_until_cancelled, url_of
 from prime_async.watch.sinks import Feeder, Sink, open_sink
 from prime_async.watch.station import open_station
-from tests.test_history import STORY, seen
+from tests.watch_harness import STORY, a_board, config, seen
 
 PATIENCE_S = 120.0
-
-
-def config(tmp_path: Path, **node: Any) -> Any:
-    directory = str(tmp_path / "state")
-    return config_from({"run": {"name": "watched"}, "node": {"name": "node-1", "directory": directory, **node}})
 
 
 @asynccontextmanager
@@ -71,18 +64,6 @@ async def get(url: str, method: str = "GET", **headers: str) -> tuple[int, dict[
                 return error.code, dict(error.headers), error.read()
 
     return await trio.to_thread.run_sync(fetch)
-
-
-def a_board(tmp_path: Path, *facts: Fact) -> Board:
-    made = Board(Journal(tmp_path / "h", History("1", "node-1")), about(tmp_path))
-    for fact in facts:
-        made.add(fact)
-    return made
-
-
-def about(tmp_path: Path) -> dict[str, Any]:
-    with open_station(config(tmp_path), "1") as made:
-        return made.board.about
 
 
 # --- the server -----------------------------------------------------------------------------------------------------
