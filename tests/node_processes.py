@@ -18,6 +18,7 @@ import torch
 import trio
 
 from prime_async.bench.netlab import Lab, address
+from prime_async.bench.nodes import PORTS
 from prime_async.config.load import config_from
 from prime_async.config.schema import RunSpec
 from prime_async.config.template import node_toml
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 PATIENCE_S: Final = 120.0
 """How long a test waits for what must happen."""
-PORTS: Final = (7700, 7701)
-"""Control and bulk, in a lab, where each host has all ports to itself."""
 
 SMALL_RUN: Final[Mapping[str, Any]] = {
     "name": "node-processes",

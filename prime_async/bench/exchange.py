@@ -30,10 +30,10 @@ import msgspec
 
 from prime_async.bench.figures import PeerReport, Timing, WorkerReport, WorkerSpec
 from prime_async.bench.journal import mean_of
+from prime_async.bench.nodes import make_homes
 from prime_async.bench.peers import PeerName
 from prime_async.bench.workers import Worker, reports_of, worker_process
 from prime_async.errors import EnvironmentFault
-from prime_async.transport.keys import write_key_file
 
 FP32_BYTES = 4
 
@@ -76,10 +76,7 @@ async def measure(bench: ExchangeBench, group: Group) -> dict[str, Any]:
 
 
 async def _reports(bench: ExchangeBench, group: Group, directory: Path) -> list[WorkerReport]:
-    homes = [directory / f"node-{rank}" for rank in range(bench.nodes)]
-    for home in homes:
-        home.mkdir()
-    ids = tuple(write_key_file(home / "node.key").id for home in homes)
+    homes, ids = make_homes(directory, bench.nodes)
     async with AsyncExitStack() as stack:
         workers: list[Worker] = []
         for rank in range(bench.nodes):

@@ -7,8 +7,8 @@ from msgspec import Struct
 from prime_async.bench.peers import PeerName
 
 
-class WorkerSpec(Struct, frozen=True, kw_only=True):
-    """One process of a group: a node of ours, a rank of gloo, and a member of each peer at once."""
+class VectorSpec(Struct, frozen=True, kw_only=True):
+    """What a process is told of its node."""
 
     rank: int
     nodes: int
@@ -16,9 +16,14 @@ class WorkerSpec(Struct, frozen=True, kw_only=True):
     chunk_elements: int
     iterations: int
     encrypt: bool
-    keep: bool  # the means on disk
-    directory: str  # shared by the group
+    directory: str  # shared by all
     ids: tuple[str, ...]  # the nodes' public keys, by rank
+
+
+class WorkerSpec(VectorSpec, frozen=True, kw_only=True):
+    """One process of a group: a node of ours, a rank of gloo, and a member of each peer at once."""
+
+    keep: bool  # the means on disk
     peers: tuple[PeerName, ...] = ()  # measured beside ours and gloo
 
 

@@ -32,11 +32,11 @@ from typing import Any, Final
 import msgspec
 
 from prime_async.bench.journal import mean_of
-from prime_async.bench.links_worker import PORTS, LinkExchange, LinksReport, LinksSpec, Mark
+from prime_async.bench.links_worker import LinkExchange, LinksReport, LinksSpec, Mark
 from prime_async.bench.netlab import Lab, Links, address
+from prime_async.bench.nodes import PORTS, make_homes
 from prime_async.bench.workers import reports_of, worker_process
 from prime_async.config.schema import CodecName
-from prime_async.transport.keys import write_key_file
 from prime_async.work.chunks import ChunkCodec, Chunks
 from prime_async.work.codec import make_codec
 
@@ -103,10 +103,7 @@ async def measure(bench: LinksBench, case: LinkCase) -> dict[str, Any]:
 
 def _workers(bench: LinksBench, case: LinkCase, lab: Lab, directory: Path) -> list[Any]:
     """One in each host, to be entered."""
-    homes = [directory / f"node-{rank}" for rank in range(bench.nodes)]
-    for home in homes:
-        home.mkdir()
-    ids = tuple(write_key_file(home / "node.key").id for home in homes)
+    homes, ids = make_homes(directory, bench.nodes)
     return [
         worker_process(rank, lab.command(rank, _command(bench, case, rank, directory, ids)), homes[rank] / "stderr")
         for rank in range(bench.nodes)

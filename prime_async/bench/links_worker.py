@@ -18,39 +18,26 @@ import trio
 from msgspec import Struct
 
 from prime_async.bench import data
-from prime_async.bench.figures import Busy, Phases
-from prime_async.bench.journal import Journal, JournalTransport
+from prime_async.bench.figures import Busy, Phases, VectorSpec
+from prime_async.bench.journal import Journal
 from prime_async.bench.netlab import address
-from prime_async.bench.worker import BenchWorkload
+from prime_async.bench.nodes import lab_doors
+from prime_async.bench.vector_node import UNTIMED_ROUNDS, BenchWorkload, config_of, open_measured
 from prime_async.bench.workers import begin_worker, report
-from prime_async.config.load import config_from
-from prime_async.config.schema import CodecName, Config
-from prime_async.node import open_node
-from prime_async.node.build import allow_list, largest_payload, open_transport
+from prime_async.config.schema import CodecName
 from prime_async.transport.base import Traffic
 from prime_async.work.chunks import Chunks
 from prime_async.work.codec import make_codec
 
-UNTIMED_ROUNDS: Final = 2
-"""They open the connections, allocate the buffers, and let the nodes measure their links."""
 POLL_S: Final = 0.002
-PORTS: Final = (7700, 7701)
 
 
-class LinksSpec(Struct, frozen=True, kw_only=True):
+class LinksSpec(VectorSpec, frozen=True, kw_only=True):
     """One node. ``pause_s``: between two exchanges, at least, in which the links are idle."""
 
-    rank: int
-    nodes: int
-    elements: int
-    chunk_elements: int
-    iterations: int
     codec: CodecName
-    encrypt: bool
     streams: int
     pause_s: float
-    directory: str  # shared by all
-    ids: tuple[str, ...]  # the nodes' public keys, by rank
     contact: str  # of the first node
 
 
@@ -154,42 +141,11 @@ class Rounds:
             report(msgspec.json.encode(Mark(exchange=self._begun - UNTIMED_ROUNDS - 1)))
 
 
-def _config(spec: LinksSpec) -> Config:
-    home = Path(spec.directory) / f"node-{spec.rank}"
-    return config_from(
-        {
-            "run": {
-                "name": "bench-links",
-                "rounds": UNTIMED_ROUNDS + spec.iterations,
-                "min_members": spec.nodes,
-                "exchange": {"chunk_elements": spec.chunk_elements, "codec": spec.codec},
-            },
-            "node": {
-                "key": str(home / "node.key"),
-                "directory": str(home),
-                "host": address(spec.rank),
-                "advertise": address(spec.rank),
-                "port": PORTS[0],
-                "bulk_port": PORTS[1],
-                "join": [spec.contact] if spec.rank else [],
-                "allow": list(spec.ids),
-                "encrypt": spec.encrypt,
-                "streams": spec.streams,
-                "snapshot_every": 0,
-                "threads": 1,
-            },
-        }
-    )
-
-
 async def _run(spec: LinksSpec) -> LinksReport:
     rounds = await trio.to_thread.run_sync(Rounds, spec)
-    config = _config(spec)
-    async with open_transport(config.node, largest_payload(rounds.workload), allow_list(config.node)) as transport:
-        rounds.traffic = transport.traffic
-        timed = JournalTransport(transport, rounds.journal)
-        async with open_node(config, transport=timed, workload=rounds.workload) as node:
-            await node.wait()
+    config = config_of(spec, spec.contact, {**lab_doors(address(spec.rank)), "streams": spec.streams}, spec.codec)
+    async with open_measured(config, rounds) as node:
+        await node.wait()
     await trio.to_thread.run_sync(rounds.close)
     return LinksReport(exchanges=rounds.exchanges)
 

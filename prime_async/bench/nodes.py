@@ -23,6 +23,18 @@ def lab_doors(address: str) -> Mapping[str, object]:
     return {"host": address, "advertise": address, "port": PORTS[0], "bulk_port": PORTS[1]}
 
 
+def make_homes(directory: Path, count: int) -> tuple[list[Path], tuple[str, ...]]:
+    """A folder for each node, with its key in it; and the public keys."""
+    homes = [home_of(directory, rank) for rank in range(count)]
+    for home in homes:
+        home.mkdir()
+    return homes, tuple(write_key_file(home / "node.key").id for home in homes)
+
+
+def home_of(directory: Path, rank: int) -> Path:
+    return directory / f"node-{rank}"
+
+
 async def start_node(
     stack: AsyncExitStack,
     home: Path,

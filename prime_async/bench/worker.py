@@ -1,16 +1,14 @@
 """One process of the benchmark: ``python -m prime_async.bench.worker SPEC``. The report is the last line of its stdout.
 
-What a round is here: the inner steps of the workload are what happens *between* two exchanges: averages of the same
-vector by gloo and the peers, barriers, measurements. They end with a barrier, and the exchange begins: from the moment
-that ``train`` returns, encoding, plan, transfers, reduction, commit and the outer step are those of any run.
+Between two exchanges come averages of the same vector by gloo and the peers, barriers, measurements; then a barrier,
+and the next exchange begins. In the untimed rounds gloo and the peers do not run at all, so that the peak of memory is
+ours alone; each peer has as many of its own.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,77 +16,21 @@ import msgspec
 import torch
 import torch.distributed as dist
 import trio
-from torch import Tensor
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from prime_async.bench import data, proc
 from prime_async.bench.contest import Contest, Stopwatch
 from prime_async.bench.figures import Exchanged, WorkerReport, WorkerSpec
-from prime_async.bench.journal import Journal, JournalTransport
+from prime_async.bench.journal import Journal
+from prime_async.bench.nodes import LOOPBACK
+from prime_async.bench.vector_node import UNTIMED_ROUNDS, BenchWorkload, config_of, open_measured
 from prime_async.bench.workers import begin_worker, keep_stdout
 from prime_async.bench.workers import report as write_report
-from prime_async.config.load import config_from
-from prime_async.config.schema import Config
-from prime_async.node import open_node
-from prime_async.node.build import allow_list, largest_payload, open_transport
 from prime_async.transport.base import Traffic
-from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.chunks import Chunks
-from prime_async.work.codec import Codec, make_codec
-from prime_async.work.inner import Span
-from prime_async.work.workload import Reduction, StepReport
+from prime_async.work.codec import make_codec
 
-UNTIMED_ROUNDS = 2
-"""Before gloo and the peers run at all: they warm up, and their peak of memory is ours alone. Each peer has as many."""
 GROUP_TIMEOUT = timedelta(seconds=120)
-
-
-class BenchWorkload(BufferWorkload):
-    """A vector to average, whose inner steps are ``between``, and whose pieces of work are written down.
-
-    Without ``keep`` it has nothing to keep on disk.
-    """
-
-    def __init__(
-        self,
-        values: Tensor,
-        chunk_elements: int,
-        journal: Journal,
-        between: Callable[[], None],
-        codec: Codec,
-        keep: bool = True,
-    ) -> None:
-        super().__init__(values, chunk_elements, codec)
-        self._keep = keep
-        self._journal = journal
-        self._between = between
-        self.ended_at = 0.0
-
-    @property
-    def spans(self) -> Sequence[Span]:
-        return super().spans if self._keep else ()
-
-    def train(self, steps: int, on_step: Callable[[StepReport], None]) -> None:  # noqa: ARG002  (no steps to report)
-        self._between()
-
-    def encode(self, chunk: int, out: memoryview) -> None:
-        with self._journal.entry("encode"):
-            super().encode(chunk, out)
-
-    def reduce(
-        self, chunk: int, payloads: Sequence[memoryview], weights: Sequence[int], out: memoryview, round: int
-    ) -> Reduction:
-        with self._journal.entry("reduce"):
-            return super().reduce(chunk, payloads, weights, out, round)
-
-    def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:
-        with self._journal.entry("apply"):
-            super().apply(chunk, mean, included, own)
-
-    def end_round(self) -> bytes:
-        digest = super().end_round()
-        self.ended_at = time.monotonic()
-        return digest
 
 
 class Rounds:
@@ -155,44 +97,14 @@ class Rounds:
         self._watch = Stopwatch()
 
 
-def _config(spec: WorkerSpec, contact: str) -> Config:
-    home = Path(spec.directory) / f"node-{spec.rank}"
-    return config_from(
-        {
-            "run": {
-                "name": "bench",
-                "rounds": UNTIMED_ROUNDS + spec.iterations,
-                "min_members": spec.nodes,
-                "exchange": {"chunk_elements": spec.chunk_elements},
-            },
-            "node": {
-                "key": str(home / "node.key"),
-                "directory": str(home),
-                "host": "127.0.0.1",
-                "advertise": "127.0.0.1",
-                "port": 0,
-                "bulk_port": 0,
-                "join": [contact] if contact else [],
-                "allow": list(spec.ids),
-                "encrypt": spec.encrypt,
-                "snapshot_every": 0,  # they would read the vector while it is filled for the next exchange
-                "threads": 1,
-            },
-        }
-    )
-
-
 async def _run(spec: WorkerSpec, contest: Contest, store: Store) -> WorkerReport:
     rounds = await trio.to_thread.run_sync(Rounds, spec, contest)
     contact = "" if spec.rank == 0 else (await trio.to_thread.run_sync(store.get, "contact")).decode()
-    config = _config(spec, contact)
-    async with open_transport(config.node, largest_payload(rounds.workload), allow_list(config.node)) as transport:
-        rounds.traffic = transport.traffic
-        timed = JournalTransport(transport, rounds.journal)
-        async with open_node(config, transport=timed, workload=rounds.workload) as node:
-            if spec.rank == 0:
-                store.set("contact", node.contact)
-            await node.wait()
+    config = config_of(spec, contact, LOOPBACK)
+    async with open_measured(config, rounds) as node:
+        if spec.rank == 0:
+            store.set("contact", node.contact)
+        await node.wait()
     await trio.to_thread.run_sync(rounds.close)
     error = None if spec.rank else data.relative_error(rounds.workload.values, rounds.chunks, spec.nodes)
     return WorkerReport(

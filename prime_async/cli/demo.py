@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import statistics
 import tempfile
 import time
@@ -20,10 +19,10 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.live import Live
 
-from prime_async.actors.groups import single_errors
 from prime_async.cli.chaos import Incident, require_enough, upset
 from prime_async.cli.demo_report import final_report, progress_table
 from prime_async.cli.options import Flag, Json, Repetitions
+from prime_async.cli.report import interruptible
 from prime_async.config.load import config_from
 from prime_async.config.schema import Config
 from prime_async.errors import ConfigError, EnvironmentFault
@@ -114,20 +113,10 @@ class Plan:
 
 
 async def _demo(plan: Plan, console: Console) -> dict[str, Any]:
-    with single_errors():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_interrupt_on_sigterm)
-            result = await _train(plan, console)
-            nursery.cancel_scope.cancel()
+    async with interruptible():
+        result = await _train(plan, console)
     final_report(console, result)
     return result
-
-
-async def _interrupt_on_sigterm() -> None:
-    """A demo that is terminated ends its nodes as one that is interrupted."""
-    with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async for _ in signals:
-            raise KeyboardInterrupt
 
 
 async def _train(plan: Plan, console: Console) -> dict[str, Any]:

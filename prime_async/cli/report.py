@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import trio
@@ -23,11 +24,10 @@ def report(measure: Measure, tables: tuple[Callable[[Figures], Table], ...], jso
     """Measure, telling a console how it goes, and print what was found: tables, and as JSON if that is wanted.
 
     ``cores``, how many it was measured on, is added to it. The JSON is the last line of stdout; all else goes to stderr
-    then. SIGTERM is taken for Ctrl-C, so that whatever was started is ended in either case. Returns the exit status.
+    then. Returns the exit status.
     """
     console = Console(stderr=json_, highlight=False)
-    with single_errors():
-        result = trio.run(_measured, measure, console)
+    result = trio.run(_measured, measure, console)
     for table in tables:
         console.print(table(result))
     if json_:
@@ -36,11 +36,19 @@ def report(measure: Measure, tables: tuple[Callable[[Figures], Table], ...], jso
 
 
 async def _measured(measure: Measure, console: Console) -> Figures:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_interrupt_on_sigterm)
+    async with interruptible():
         result = await measure(console)
-        nursery.cancel_scope.cancel()
     return {**result, "cores": len(os.sched_getaffinity(0))}
+
+
+@asynccontextmanager
+async def interruptible() -> AsyncIterator[None]:
+    """SIGTERM is taken for Ctrl-C inside, so that whatever was started there is ended in either case."""
+    with single_errors():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_interrupt_on_sigterm)
+            yield
+            nursery.cancel_scope.cancel()
 
 
 async def _interrupt_on_sigterm() -> None:
