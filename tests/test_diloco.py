@@ -28,12 +28,10 @@ from prime_async.config.schema import (
     RunSpec,
 )
 from prime_async.errors import ConfigError, LocalError, NonFiniteError, ProtocolError
-from prime_async.ledger import Ledger
 from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.codec import CodecName, Int8Codec, make_codec
 from prime_async.work.corpus import Corpus
 from prime_async.work.diloco import DilocoWorkload, build_workload, open_diloco
-from prime_async.work.witness import OuterWorkload
 from prime_async.work.workload import StepReport, Workload
 from tests.tiny_models import (
     CHUNK,
@@ -42,6 +40,7 @@ from tests.tiny_models import (
     exchange,
     hand_over,
     ignore,
+    kept,
     local_weights,
     outer_weights,
     run_spec,
@@ -320,11 +319,6 @@ def test_node_without_inner_steps_that_was_left_out_has_exactly_the_outer_weight
         idle.apply(chunk, mean, included=False)
     assert trained.end_round() == idle.end_round()
     assert torch.equal(local_weights(idle), outer_weights(trained))
-
-
-def kept(directory: Path, workload: OuterWorkload) -> Ledger:
-    """Where ``workload`` is kept."""
-    return Ledger(directory, bytes(32), {}, workload, run_spec().exchange.chunk_elements)
 
 
 def test_state_comes_back_from_disk_bit_for_bit_and_the_inner_optimiser_with_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.tiny_models import (
     exchange,
     hand_over,
     ignore,
+    kept,
     local_weights,
     outer_weights,
     run_spec,
@@ -396,6 +398,43 @@ def test_what_topk_drops_is_kept_apart_and_fades_and_the_local_weights_have_what
     again = decoded(node, contribute(node, mode), "topk")
     expected = 0.95 * (progress - sent) + left
     torch.testing.assert_close(again, topk_of(node, expected, first.start), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["blocking", "overlapped"])
+def test_what_topk_dropped_is_there_again_after_a_restart(tmp_path: Path, mode: str) -> None:
+    """Given a node that starts again from its disk, then its next contribution is that of one that never stopped."""
+    node, back, without = (tiny_workload(feeding_back(mode, "topk"), 0) for _ in range(3))
+    for _ in range(2):
+        node.train(H, ignore)
+        own = contribute(node, mode)
+        take(node, mode, mean_of(node, [own]), own, True)
+    job = kept(tmp_path, node).begin_snapshot(None)
+    for chunk in range(node.chunk_count):
+        job.before_change(chunk)
+    job.finish()
+    kept(tmp_path, node).inner.save(1, bytes(32), node.inner_state())
+
+    for one in (back, without):
+        kept(tmp_path, one).restore()
+        one.restore()
+        saved = kept(tmp_path, one).inner.load(1, bytes(32))
+        assert saved is not None
+        assert one.load_inner_state(saved)
+    assert without._residual is not None
+    without._residual.zero_()
+    contributions = []
+    for one in (node, back, without):
+        one.train(H, ignore)
+        contributions.append(contribute(one, mode))
+    assert contributions[0] == contributions[1] != contributions[2]
+
+
+def test_an_inner_state_with_a_residual_fits_only_who_has_one() -> None:
+    plain, feeding = tiny_workload(feeding_back("blocking"), 0), tiny_workload(feeding_back("blocking", "topk"), 0)
+    for one in (plain, feeding):
+        one.train(1, ignore)
+    assert not plain.load_inner_state(dict(feeding.inner_state()))
+    assert not feeding.load_inner_state(dict(plain.inner_state()))
 
 
 def test_a_topk_contribution_that_came_to_nothing_is_contributed_once() -> None:

@@ -70,6 +70,8 @@ def test_what_is_kept_is_what_the_settings_say(tmp_path: Path) -> None:
     assert estimate(tmp_path, fp32).mean_bytes == 20 * P
     assert estimate(tmp_path, {"inner": {"optimizer": "sgd"}}).inner_bytes == 0
     assert estimate(tmp_path, witness=True).inner_bytes == 0
+    topk = {"exchange": {"codec": "topk", "error_feedback": True}}
+    assert estimate(tmp_path, topk).inner_bytes == 24 * P
 
 
 def test_without_snapshots_all_means_of_the_run_are_kept(tmp_path: Path) -> None:

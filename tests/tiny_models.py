@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from prime_async.config.schema import (
     RoundSettings,
     RunSpec,
 )
+from prime_async.ledger import Ledger
 from prime_async.work.codec import make_codec
 from prime_async.work.corpus import open_shakespeare
 from prime_async.work.device import Device
@@ -127,3 +129,8 @@ def local_weights(node: DilocoWorkload) -> torch.Tensor:
 def outer_weights(node: Workload) -> torch.Tensor:
     halves = [node.export_state(c)[: node.state_bytes(c) // 2] for c in range(node.chunk_count)]
     return torch.from_numpy(np.frombuffer(b"".join(halves), np.float32).copy())
+
+
+def kept(directory: Path, workload: OuterWorkload) -> Ledger:
+    """Where ``workload`` is kept."""
+    return Ledger(directory, bytes(32), {}, workload, run_spec().exchange.chunk_elements)

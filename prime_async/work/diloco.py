@@ -7,7 +7,7 @@ other (Streaming DiLoCo, arXiv 2501.18512).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -27,6 +27,8 @@ from prime_async.work.threads import torch_threads
 from prime_async.work.witness import OuterWorkload, open_witness
 from prime_async.work.workload import StepReport, Workload, nothing
 
+RESIDUAL = "residual"
+"""Its name beside the inner optimiser's state on disk."""
 RESIDUAL_DECAY = 0.95
 """Of what ``topk`` dropped, per contribution: SparseLoCo's (arXiv 2508.15706)."""
 
@@ -129,7 +131,8 @@ class DilocoWorkload(OuterWorkload):
         c = encode(b e + (theta_r - s))
         e <- b e + (theta_r - s) - c
 
-    and the progress that was contributed is c, no more: it stays in x where c is not in the mean.
+    and the progress that was contributed is c, no more: it stays in x where c is not in the mean. The residual is kept
+    on disk with the inner optimiser's state: where a node goes on with that, it goes on with what was dropped, too.
 
     *By fragments*: all of this for the chunks of one fragment in each round; x moves on in the others meanwhile. A
     fragment is exchanged every ``fragments.count`` rounds.
@@ -379,10 +382,19 @@ class DilocoWorkload(OuterWorkload):
                 self._keep_progress(chunk, lambda: self._outer.import_chunk(chunk, data))
 
     def inner_state(self) -> Mapping[str, Tensor]:
-        return self.trainer.optimizer_state()
+        moments = self.trainer.optimizer_state()
+        return moments if self._residual is None else _WithResidual(moments, self._residual)
 
     def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:
-        return self.trainer.load_optimizer_state(tensors)
+        """With ``topk`` and error feedback it fits only if the residual is in it."""
+        found = tensors.get(RESIDUAL)
+        shapes = [None if tensor is None else tensor.shape for tensor in (found, self._residual)]
+        moments = {name: tensor for name, tensor in tensors.items() if name != RESIDUAL}
+        if shapes[0] != shapes[1] or not self.trainer.load_optimizer_state(moments):
+            return False
+        if found is not None and self._residual is not None:
+            self._residual.copy_(found)
+        return True
 
     def evaluate(self, on_batch: Callable[[], None] = nothing, *, batches: int | None = EVALUATION_BATCHES) -> float:
         """Of so many ``batches``, or with ``None`` of all that is held out.
@@ -447,6 +459,24 @@ class DilocoWorkload(OuterWorkload):
                 progress.add_(counted)  # a contribution is theta - x
             move_theta()
             self._move_local(chunk, progress.add_(self._outer.theta(chunk)))
+
+
+class _WithResidual(Mapping[str, Tensor]):
+    """Moments, each still copied only when it is looked up, and the residual."""
+
+    def __init__(self, moments: Mapping[str, Tensor], residual: Tensor) -> None:
+        self._moments = moments
+        self._residual = residual
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._residual if name == RESIDUAL else self._moments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._moments
+        yield RESIDUAL
+
+    def __len__(self) -> int:
+        return len(self._moments) + 1
 
 
 def build_workload(run: RunSpec, node: NodeSettings, stream: int) -> Workload:

@@ -151,15 +151,17 @@ def estimate_disk(run: RunSpec, node: NodeSettings, parameters: int) -> DiskEsti
     """Of a node that has run for a while, while it writes a snapshot: those that are kept, and that one.
 
     The means of ``keep_rounds`` rounds are kept, and all since the oldest snapshot that is: with ``snapshot_every`` 0
-    all of the run. The inner optimiser's state is 8 bytes per parameter, and is there twice while it is written.
+    all of the run. The inner optimiser's state is 8 bytes per parameter, what topk dropped 4 more; both are there twice
+    while they are written.
     """
     codec, chunk = make_codec(run.exchange.codec_of_means), run.exchange.chunk_elements
     mean = mean_payload_bytes(codec, chunk, USUAL_CONTRIBUTORS) * parameters // (chunk * run.fragment_count)
     since = node.keep_snapshots * node.snapshot_every or run.rounds
-    keeps_inner = not node.witness and run.inner.optimizer != "sgd"
+    moments = 8 * (run.inner.optimizer != "sgd")
+    residual = 4 * (run.exchange.codec == "topk" and run.exchange.error_feedback)
     return DiskEstimate(
         snapshot_bytes=8 * parameters * (node.keep_snapshots + 1),
         mean_bytes=mean * max(node.keep_rounds, since),
-        inner_bytes=2 * 8 * parameters * keeps_inner,
+        inner_bytes=2 * (moments + residual) * parameters * (not node.witness),
         grows=node.snapshot_every == 0 and run.rounds == 0,
     )

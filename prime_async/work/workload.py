@@ -205,7 +205,9 @@ class Workload(Protocol):
         ...
 
     def inner_state(self) -> Mapping[str, Tensor]:
-        """The inner optimiser's state to keep on disk, on the host, by name. Empty: there is none.
+        """The inner optimiser's state to keep on disk, on the host, by name, and what else is this node's alone.
+
+        Empty: there is none.
 
         A tensor may be copied from the device when it is looked up: look at one after the other.
         """
