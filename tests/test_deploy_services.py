@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from prime_async.cli import EXIT_USAGE, app, main
 from prime_async.config.contact import Contact
 from prime_async.config.load import load_config
 from prime_async.config.schema import NodeSettings
@@ -116,6 +117,34 @@ def test_all_wait_longer_for_a_node_than_it_takes_to_leave() -> None:
     assert {tuple(command[2:]) for command in commands} == {("--leave-within", str(LEAVE_WITHIN_S))}
     assert f"--leave-within {LEAVE_WITHIN_S}\n" in unit
     assert GRACE_S - LEAVE_WITHIN_S >= 60
+
+
+def test_the_unit_starts_what_its_comment_installs_and_does_not_start_again_over_a_wrong_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the commands of the comment are ones that there are: `init` makes the configuration that the unit names."""
+    unit = (DEPLOY / "systemd" / "prime-async.service").read_text(encoding="utf-8")
+    (init,) = re.findall(r"^#   /opt/prime-async/bin/(prime-async init .*)$", unit, re.MULTILINE)
+    (invite,) = re.findall(r"/opt/prime-async/bin/(prime-async invite [^`]*)`", unit)
+
+    monkeypatch.setattr(sys, "argv", init.replace("/etc/prime-async", str(tmp_path)).split())
+    with pytest.raises(SystemExit, match=r"\A0\Z"):
+        main()
+
+    config = load_config(tmp_path / "node.toml")
+    assert str(config.node.directory) == "/var/lib/prime-async"
+    assert "StateDirectory=prime-async\n" in unit
+    assert "ExecStart=/opt/prime-async/bin/prime-async run /etc/prime-async/node.toml " in unit
+    app.parse_args(invite.split()[1:], exit_on_error=False, print_error=False)
+    assert f"RestartPreventExitStatus={EXIT_USAGE}\n" in unit
+
+
+def test_the_dashboard_of_the_compose_file_is_seen_by_its_own_machine_alone() -> None:
+    text = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+    (address,) = re.findall(r"^#   python deploy/make_run.py .* --dashboard (\S+)$", text, re.MULTILINE)
+
+    published = [p for service in yaml.safe_load(text)["services"].values() for p in service.get("ports", [])]
+    assert published == [f"127.0.0.1:8080:{address.rpartition(':')[2]}"]
 
 
 def test_nothing_runs_as_root() -> None:
