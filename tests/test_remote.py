@@ -276,6 +276,22 @@ def test_nothing_is_pulled_into_a_directory_that_is_not_empty(node: Path, tmp_pa
     assert contents(node) == before
 
 
+def test_what_a_file_system_has_in_its_root_is_not_in_the_way(
+    node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect: a node whose directory was a volume of its own could not be restored, for there was lost+found in it."""
+    url, new = str(tmp_path / "remote"), tmp_path / "new"
+    push(url, node, FIRST)
+    (new / "lost+found").mkdir(parents=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+        with pytest.raises(StorageError, match="could not be put in its place"):
+            pull(url, new)
+    assert pull(url, new) == local(node, FIRST)
+    assert (new / "lost+found").is_dir()
+
+
 def test_a_disk_that_fills_up_while_pulling_is_said_to_be_full_and_the_pull_can_be_gone_on_with(
     node: Path, tmp_path: Path, faulty: type[FaultyStore]
 ) -> None:

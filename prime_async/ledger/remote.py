@@ -34,6 +34,8 @@ from prime_async.ledger.snapshots import WHOLE
 INDEX: Final = "ledger.json"
 NEXT: Final = "ledger.next.json"
 STAGING: Final = "restore.part"
+NOBODYS: Final = frozenset({"lost+found"})
+"""What a file system makes by itself where a directory is all of a disk, such as a volume of a container."""
 FORMAT: Final = "prime-async remote copy 1"
 PIECE_BYTES: Final = 1 << 23
 ATTEMPTS: Final = 3
@@ -223,7 +225,7 @@ class RemoteCopy:
 
     def _check_empty(self) -> None:
         with translated(self._directory, "it could not be listed"):
-            there = [name for name in LOCAL_FILES.list(self._directory) if name != STAGING]
+            there = [name for name in LOCAL_FILES.list(self._directory) if name not in {STAGING} | NOBODYS]
         if there:
             raise ConfigError(
                 [
@@ -269,7 +271,7 @@ class RemoteCopy:
     def _is_settling(self) -> bool:
         """Whether a pull was cut off when all had come, and the snapshots were in their place."""
         with translated(self._directory, "it could not be listed"):
-            there = set(LOCAL_FILES.list(self._directory))
+            there = set(LOCAL_FILES.list(self._directory)) - NOBODYS
             staged = LOCAL_FILES.list(self._directory / STAGING)
         return {STAGING, SNAPSHOTS} <= there <= {STAGING, SNAPSHOTS, MEANS} and SNAPSHOTS not in staged
 
