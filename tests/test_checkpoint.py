@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from prime_async.machines.catchup import ROUNDS_AT_ONCE
 from prime_async.machines.checkpoint import Checkpoint, CheckpointSettings
 from prime_async.machines.facts import (
+    CatchingUp,
     CatchUpStarted,
     CaughtUp,
     LedgerTrouble,
@@ -308,6 +309,34 @@ def test_who_missed_rounds_fetches_their_means_and_takes_the_steps_one_after_the
     assert (started.round, started.run_round, started.snapshot) == (3, 3 + missed, -1)
     [fact] = facts(CaughtUp, rig.done)
     assert (fact.round, fact.fetched_bytes) == (3 + missed, missed * (CHUNKS + 1))
+
+
+@pytest.mark.parametrize(
+    ("had", "kind", "missing"),
+    [
+        (everything(20, means_from=0), "mean", 20 * 10 - 2 / CHUNKS * 10),
+        (everything(20, means_from=20, snapshots=(20,)), "state", 80 - 2 / CHUNKS * 80),
+    ],
+)
+def test_who_fetches_for_long_says_now_and_then_how_far_it_is(had: Holdings, kind: str, missing: float) -> None:
+    """Given peers that go silent after two chunks, then what is missing is told every ten seconds."""
+    rig = behind(0, 20, peers={"n0": had, "n2": had})
+    honest, given = rig.perform, 0
+
+    def little_by_little(effect: Effect) -> Event | None:
+        nonlocal given
+        given += isinstance(effect, Fetch) and effect.key.kind == kind
+        return None if isinstance(effect, Fetch) and given > 2 else honest(effect)
+
+    rig.perform = little_by_little  # type: ignore[method-assign]
+    rig.begin()
+    for now in (9.0, 10.0, 11.0, 20.0):
+        rig.now = now
+        rig.give(Tick())
+    told_of = facts(CatchingUp, rig.done)
+    assert [fact.seconds for fact in told_of] == [10.0, 20.0]
+    assert {fact.missing_bytes for fact in told_of} == {round(missing)}
+    assert not facts(CaughtUp, rig.done)
 
 
 def test_what_is_asked_for_is_spread_over_the_members() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prime_async.machines.facts import (
+    CatchingUp,
     CaughtUp,
     ChunksReassigned,
     ContributorLeftOut,
@@ -75,6 +76,8 @@ def test_the_chunks_of_another_round_do_not_change_the_line_of_a_loss() -> None:
         (MemberJoined(peer="5", name="node-5", view=4), "node-5 joined in round 3"),
         (MemberLeft(peer="2", name="node-2", view=4), "node-2 left in round 3"),
         (SnapshotWritten(round=3), "node-1 wrote a checkpoint after round 3"),
+        (CatchingUp(run_round=9, fetched_bytes=3 << 20, missing_bytes=5 << 20, seconds=10.0),
+         "node-1 catches up to round 9: 3.0 MiB fetched in 10.0 s, 5.0 MiB to go"),
         (CaughtUp(round=3, fetched_bytes=3 << 20, seconds=1.25),
          "node-1 caught up to round 3: 3.0 MiB fetched in 1.2 s"),
         (CutOff(seconds=12.0, heard=1, voters=3, advice="wait"),

@@ -70,6 +70,14 @@ class CatchUp:
             first += 1
         return first
 
+    def missing(self, first: int, goal: int) -> tuple[float, float]:
+        """How many rounds' means are missing from ``first`` to before ``goal``, and which part of the snapshot."""
+        fragments = self.records.fragments
+        rounds = (r for r in range(first, goal) if r not in self.stored)
+        means = sum(_share(self.rounds.get(r), len(fragments.chunks(r))) for r in rounds)
+        wanted = self.snapshot is not None and not self.snapshot_stored
+        return means, _share(self.filling, fragments.chunk_count) if wanted else 0.0
+
     def choose_snapshot(self, round: int | None, out: list[Effect]) -> None:
         """From now on get this one, or none. What came of another stays on disk."""
         if self.snapshot != round:
@@ -170,3 +178,8 @@ class CatchUp:
         """Whether all means of the round have come, though they may not be on disk as such yet."""
         filling = self.rounds.get(round)
         return filling is not None and filling.missing is not None and not filling.missing
+
+
+def _share(filling: Filling | None, chunks: int) -> float:
+    """That is missing. As long as that is not known, all."""
+    return 1.0 if filling is None or filling.missing is None else len(filling.missing) / chunks

@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 from prime_async.machines.catchup import CatchUp, manifest_key, record_key, state_key
 from prime_async.machines.facts import (
+    CatchingUp,
     CatchUpStarted,
     CaughtUp,
     LedgerTrouble,
@@ -85,6 +86,10 @@ from prime_async.messages import FIRST_CHAIN, AskLedger, ChunkKey, Commit, Holdi
 
 NOWHERE_AFTER = 10
 """After so many times of asking in vain it is said that nobody has what is missing."""
+
+
+TELL_EVERY_S = 10.0
+"""How often a node that catches up says how far it is."""
 
 
 class CheckpointSettings(Struct, frozen=True, kw_only=True):
@@ -148,6 +153,7 @@ class Checkpoint:
     seen: int = -1  # the newest round whose means, which led to our state, have been on disk
     floor: int = 0  # what is on disk of earlier rounds does not lead to our state
     started_at: float = 0.0
+    said_at: float = 0.0  # how far the catching up is
     asked_at: float | None = None
     asked_in_vain: int = 0
     paused_until: float = 0.0
@@ -277,7 +283,7 @@ class Checkpoint:
     def _begin(self, now: float) -> None:
         if self.phase == "working":
             return
-        self.phase, self.started_at = "working", now
+        self.phase, self.started_at, self.said_at = "working", now, now
         self.asked_at, self.asked_in_vain, self.base, self.stranger = None, 0, None, False
         self.download.bytes_come = 0
 
@@ -294,6 +300,7 @@ class Checkpoint:
         if now >= self.paused_until:
             self._ask(now, out)
             self._work(now, out)
+            self._say_how_far(now, out)
         at = max(self.paused_until, (self.asked_at or now) + self.settings.ask_again_s)
         if self.wake_at is None or self.wake_at > at:
             self.wake_at = at
@@ -407,6 +414,19 @@ class Checkpoint:
                 providers=len(self.providers.holdings),
             )
             out.append(Report(fact=fact))
+
+    def _say_how_far(self, now: float, out: list[Effect]) -> None:
+        if self.base is None or now < self.said_at + TELL_EVERY_S:
+            return
+        self.said_at = now
+        means, snapshot = self.catch_up.missing(self.base[1], self._goal)
+        fact = CatchingUp(
+            run_round=self._goal,
+            fetched_bytes=self.download.bytes_come,
+            missing_bytes=round(means * self.settings.mean_bytes + snapshot * self.settings.state_bytes),
+            seconds=to_ms(now - self.started_at),
+        )
+        out.append(Report(fact=fact))
 
     @property
     def _snapshots(self) -> list[int]:

@@ -335,6 +335,15 @@ class CatchUpStarted(Struct, frozen=True, kw_only=True, tag="catch_up_started"):
     providers: int
 
 
+class CatchingUp(Struct, frozen=True, kw_only=True, tag="catching_up"):
+    """How far that is, told now and then. ``missing_bytes`` grows with every round that passes meanwhile."""
+
+    run_round: int
+    fetched_bytes: int
+    missing_bytes: int
+    seconds: float
+
+
 class CaughtUp(Struct, frozen=True, kw_only=True, tag="caught_up"):
     """The outer state is the run's. ``fetched_bytes``: what was missing on disk and came from members."""
 
@@ -425,7 +434,7 @@ Fact: TypeAlias = (
     | ContributionReady | RoundPlanned | OwnersLost | ChunksReassigned | ChunksRedone | RoundTakenOver
     | ContributorLeftOut | ContributionRejected | RoundCommitted
     | RoundFinished | RoundIgnored | NonFiniteProgress
-    | LedgerRestored | CatchUpStarted | CaughtUp | StateMended | SnapshotWritten | LedgerTrouble
+    | LedgerRestored | CatchUpStarted | CatchingUp | CaughtUp | StateMended | SnapshotWritten | LedgerTrouble
     | RemoteCopied | RemoteCopyFailed | StateSaved | FileFetched | FileNowhere | PeerDropped
 )  # fmt: skip
 """Everything that ``node.events`` can give."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from prime_async.machines.facts import (
+    CatchingUp,
     CatchUpStarted,
     CaughtUp,
     ChunksReassigned,
@@ -167,6 +168,9 @@ def _of_state(fact: Fact, about: Context) -> Line | None:
         case CatchUpStarted(round=round, run_round=goal, providers=providers):
             text = f"{me} is at round {round}, the run at {goal}: it catches up from {counted(providers, 'member')}"
             return Line("note", text, "catching up")
+        case CatchingUp(run_round=goal, fetched_bytes=fetched, missing_bytes=missing, seconds=passed_s):
+            so_far = f"{size(fetched)} fetched in {seconds(passed_s)}, {size(missing)} to go"
+            return Line("note", f"{me} catches up to round {goal}: {so_far}", "catching up")
         case CaughtUp(round=round, fetched_bytes=fetched, seconds=took_s):
             text = f"{me} caught up to round {round}: {size(fetched)} fetched in {seconds(took_s)}"
             return Line("good", text, "catching up")
