@@ -8,8 +8,8 @@ that, no link is fast enough.
 ``data-parallel`` is a ring all-reduce of fp32 gradients after each step, for which nodes wait, without any other cost:
 2 (n - 1) / n of 4 bytes per parameter.
 
-``PUBLISHED`` is from Streaming DiLoCo (arXiv 2501.18512, table 4): a simulation too, with other assumptions, for 100 B
-parameters in 108 layers, 4.9 s a step (60 % of the peak FLOPs), H = 100 and fragments of 3 layers.
+``PUBLISHED`` is from Streaming DiLoCo (arXiv 2501.18512, table 4): a simulation too, with other assumptions, for 1, 10
+and 100 B parameters in 24, 48 and 108 layers, steps at 60 % of the peak FLOPs, H = 100 and fragments of 3 layers.
 """
 
 from __future__ import annotations
@@ -29,17 +29,31 @@ from prime_async.plan import (
 
 TARGETS: Final = (0.5, 0.8, 0.9, 0.95, 0.99)
 GRADIENT_BYTES: Final = 4
-PUBLISHED_PARAMETERS: Final = 10**11
-PUBLISHED_STEP_S: Final = 4.9
 PUBLISHED_INNER_STEPS: Final = 100
-PUBLISHED: Final[dict[str, tuple[float, ...]]] = {
-    "Data-Parallel": (184.2, 323.8, 390.7, 390.7, 471.5),
-    "Vanilla DiLoCo": (3.0, 11.0, 23.3, 49.4, 184.2),
-    "Streaming DiLoCo": (2.4, 6.2, 9.1, 11.0, 19.3),
-    "Streaming, overlapped": (1.7, 3.6, 4.3, 5.2, 5.2),
-    "Streaming, overlapped, FP4": (0.5, 0.9, 1.1, 1.1, 1.4),
+PUBLISHED: Final[dict[tuple[int, float], dict[str, tuple[float, ...]]]] = {
+    (10**9, 0.1): {
+        "Data-Parallel": (86.8, 152.6, 184.2, 222.3, 569.0),
+        "Vanilla DiLoCo": (1.4, 6.2, 13.3, 23.3, 86.8),
+        "Streaming DiLoCo": (1.4, 5.2, 9.1, 16.0, 28.1),
+        "Streaming, overlapped": (1.4, 4.3, 6.2, 9.1, 11.0),
+        "Streaming, overlapped, FP4": (0.4, 0.9, 1.7, 2.0, 3.0),
+    },
+    (10**10, 0.8): {
+        "Data-Parallel": (104.8, 222.3, 222.3, 268.3, 471.5),
+        "Vanilla DiLoCo": (1.7, 7.5, 16.0, 33.9, 104.8),
+        "Streaming DiLoCo": (1.7, 5.2, 9.1, 13.3, 19.3),
+        "Streaming, overlapped": (1.7, 3.6, 5.2, 6.2, 7.5),
+        "Streaming, overlapped, FP4": (0.4, 0.9, 1.4, 1.4, 1.7),
+    },
+    (10**11, 4.9): {
+        "Data-Parallel": (184.2, 323.8, 390.7, 390.7, 471.5),
+        "Vanilla DiLoCo": (3.0, 11.0, 23.3, 49.4, 184.2),
+        "Streaming DiLoCo": (2.4, 6.2, 9.1, 11.0, 19.3),
+        "Streaming, overlapped": (1.7, 3.6, 4.3, 5.2, 5.2),
+        "Streaming, overlapped, FP4": (0.5, 0.9, 1.1, 1.1, 1.4),
+    },
 }
-"""Gbit/s for each of ``TARGETS``."""
+"""By parameters and seconds of a step: Gbit/s for each of ``TARGETS``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +71,7 @@ def needs(setup: Setup, inner_steps: int, fragments: int) -> list[Need]:
     for choice in _choices(inner_steps, fragments):
         gbit = tuple(needed_gbit(setup, choice, share) for share in TARGETS)
         ours.append(Need(name=f"{choice.mode} {choice.codec}", gbit=gbit))
-    return ours + (_published() if _is_published(setup, inner_steps) else [])
+    return ours + _published(setup, inner_steps)
 
 
 def needed_gbit(setup: Setup, choice: Choice, share: float) -> float | None:
@@ -89,10 +103,6 @@ def _choices(inner_steps: int, fragments: int) -> list[Choice]:
     ]
 
 
-def _is_published(setup: Setup, inner_steps: int) -> bool:
-    case = (setup.parameters, setup.step_s, inner_steps)
-    return case == (PUBLISHED_PARAMETERS, PUBLISHED_STEP_S, PUBLISHED_INNER_STEPS)
-
-
-def _published() -> list[Need]:
-    return [Need(name=name, gbit=gbit, published=True) for name, gbit in PUBLISHED.items()]
+def _published(setup: Setup, inner_steps: int) -> list[Need]:
+    found = PUBLISHED.get((setup.parameters, setup.step_s), {}) if inner_steps == PUBLISHED_INNER_STEPS else {}
+    return [Need(name=name, gbit=gbit, published=True) for name, gbit in found.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -42,12 +43,23 @@ def test_data_parallel_sends_fp32_after_each_step_and_waits() -> None:
     assert needs(SETUP, 100, 10)[0].gbit[0] == pytest.approx(32 / 0.92)
 
 
-def test_published_figures_stand_beside_the_same_case_alone() -> None:
-    same = replace(SETUP, parameters=10**11, step_s=4.9)
-    published = [need for need in needs(same, 100, 10) if need.published]
-    assert [need.name for need in published] == list(PUBLISHED)
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_published_figures_stand_beside_the_same_case_alone(case: tuple[int, float]) -> None:
+    same = replace(SETUP, parameters=case[0], step_s=case[1])
+    published = {need.name: need.gbit for need in needs(same, 100, 10) if need.published}
+    assert published == PUBLISHED[case]
     assert not any(need.published for need in needs(same, 200, 10))
-    assert not any(need.published for need in needs(SETUP, 100, 10))
+    assert not any(need.published for need in needs(replace(same, step_s=1.0), 100, 10))
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_in_the_paper_more_of_the_time_takes_faster_links_and_each_method_slower_ones(
+    case: tuple[int, float],
+) -> None:
+    rows = list(PUBLISHED[case].values())
+    assert all(list(row) == sorted(row) for row in rows)
+    for row, better in itertools.pairwise(rows):
+        assert all(slower <= faster for faster, slower in zip(row, better, strict=True))
 
 
 def test_it_prints_a_table_for_each_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,8 +29,8 @@ def bandwidth(
 ) -> int:
     """Say how many Gbit/s each mode needs so that 50 to 99 % of the time goes into training.
 
-    By the model of `prime-async plan`, for nodes whose GPU trains. Of 100 B parameters, 4.9 s a step and H = 100, what
-    the paper on Streaming DiLoCo (arXiv 2501.18512, table 4) simulated stands beside it.
+    By the model of `prime-async plan`, for nodes whose GPU trains. Beside the three models of the defaults stands
+    what the paper on Streaming DiLoCo (arXiv 2501.18512, table 4) simulated of them.
 
     Parameters
     ----------
