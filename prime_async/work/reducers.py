@@ -89,7 +89,7 @@ def _exact_shares(weights: Sequence[int]) -> list[float]:
 
 
 def by_direction_and_size(codec: Codec, terms: Sequence[tuple[Tensor, int]], out: Tensor, scratch: Tensor) -> None:
-    """RDA (arXiv 2604.21428): the mean direction, as long as the contributions c_i are in the mean.
+    """RDA, radial-directional averaging (arXiv 2604.21428): the mean direction, as long as the c_i are in the mean.
 
     With shares w_i, which are weights over their sum::
 
@@ -97,9 +97,9 @@ def by_direction_and_size(codec: Codec, terms: Sequence[tuple[Tensor, int]], out
         g = (sum_i w_i ||c_i||) u / ||u||
 
     The weighted mean of contributions that disagree is shorter than they are, the more nodes the shorter; this one is
-    not. And the direction is not that of whoever moved furthest. Both are of the chunk: the paper's are of the whole
-    pseudo-gradient, but an owner has seen no more. So each chunk keeps its own size, and is turned for itself; with
-    another ``chunk_elements`` the result is another.
+    not. And the direction is not that of whoever moved furthest. Both are of the chunk, for an owner has seen no
+    more. So each chunk keeps its own size, and is turned for itself; with another ``chunk_elements`` the result is
+    another. The paper leaves embeddings to the mean, since there nodes disagree less; here all chunks are alike.
 
     A contribution of zeros has no direction, and its size, 0, counts in the mean size. Where the directions cancel
     out, u is zero but for what rounding has left of it, at most ``len(terms)`` times the unit roundoff; then there is
