@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.bytes import BytesBench, measure
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, Count, Flag, Json, Model, Nodes, Positive, Repetitions
 from prime_async.cli.report import figures_table, report
 from prime_async.config.schema import CodecName
+from prime_async.watch.words import size
 
 
 def bytes_(

@@ -14,9 +14,9 @@ from rich.table import Table
 from prime_async.bench.exchange import GROUPS, ExchangeBench, measure
 from prime_async.bench.peers import PeerName, choose
 from prime_async.cli.bench_peers import peers_table
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, ChunkElements, Flag, Json, Repetitions
 from prime_async.cli.report import figures_table, report
+from prime_async.watch.words import size
 
 
 def exchange(

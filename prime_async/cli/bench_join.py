@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.join import TOKEN_PARAMETERS, JoinBench, measure, tokens_for
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, Congestion, Json, LinkRtt, Positive, Runs
 from prime_async.cli.report import figures_table, report
 from prime_async.errors import ConfigError
+from prime_async.watch.words import size
 
 
 def join(

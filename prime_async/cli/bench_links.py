@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.links import TCP_SHARE, LinkCase, LinksBench, measure
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import (
     SEVERAL,
     ChunkElements,
@@ -27,6 +26,7 @@ from prime_async.cli.options import (
 from prime_async.cli.report import figures_table, report
 from prime_async.config.schema import CodecName
 from prime_async.errors import ConfigError
+from prime_async.watch.words import size
 
 
 def links(

@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from prime_async.bench.exchange import GROUPS
-from prime_async.cli.demo_report import size
 from prime_async.cli.report import figures_table
+from prime_async.watch.words import size
 
 NAMES = ("median", "ratio", "wire", "CPU", "error", "equal")
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_async.bench.restart import RestartBench, measure
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, Json, Runs
 from prime_async.cli.report import figures_table, report
+from prime_async.watch.words import size
 
 
 def restart(

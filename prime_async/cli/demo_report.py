@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prime_async.node.children import Child
+from prime_async.watch.words import size
 
 
 def progress_table(children: Sequence[Child], rounds: int, elapsed_s: float) -> Table:
@@ -83,15 +84,6 @@ def _chaos_lines(chaos: dict[str, Any]) -> Sequence[tuple[str, str]]:
             f"{audit['copies']} that the nodes settled: {values}{unchecked}",
         ),
     )
-
-
-def size(count: int) -> str:
-    """A number of bytes as people read it."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def _number(value: float, form: str, unit: str = "") -> str:

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from rich.console import Console
 
-from prime_async.cli.demo_report import size
 from prime_async.cli.inspect import node_directory
 from prime_async.cli.logs import configure_logging
 from prime_async.cli.options import Flag
 from prime_async.errors import ConfigError
+from prime_async.watch.words import size
 
 
 def export(

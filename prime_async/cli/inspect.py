@@ -13,12 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import Json
 from prime_async.config.load import load_config
 from prime_async.config.schema import Config
 from prime_async.ledger.examination import MeansFound, SnapshotFound
 from prime_async.ledger.inspection import Report, inspect_directory
+from prime_async.watch.words import size
 
 CONFIG_FILE = "node.toml"
 EXIT_DAMAGED = 1

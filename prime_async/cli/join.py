@@ -12,7 +12,6 @@ from typing import Final
 import trio
 from rich.console import Console
 
-from prime_async.cli.demo_report import size
 from prime_async.cli.init import ALLOW_FILE, ALLOW_TEXT, CONFIG_FILE, KEY_FILE
 from prime_async.cli.options import Flag
 from prime_async.cli.preflight import print_findings, try_config
@@ -25,6 +24,7 @@ from prime_async.config.template import node_toml
 from prime_async.errors import ConfigError, EnvironmentFault
 from prime_async.node.invite import open_door
 from prime_async.transport.keys import KeyPair, read_key_file, write_key_file
+from prime_async.watch.words import size
 
 PORT_PAIRS: Final = 50
 MEASURED_STEPS: Final = 3

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import SEVERAL, Count, Model, Positive, Repetitions
 from prime_async.cli.report import figures_table
 from prime_async.config.schema import ExchangeSettings, InnerSettings, OuterSettings, RoundSettings, RunSpec
@@ -22,6 +21,7 @@ from prime_async.lab.experiment import Job, Outcome
 from prime_async.lab.lab import Plan, Summary, best_rates, run_jobs, summarise, write_report
 from prime_async.lab.methods import METHODS, find_methods
 from prime_async.lab.plot import plot as draw
+from prime_async.watch.words import size
 from prime_async.work.device import usable_cores
 
 WARMUP_SHARE = 10

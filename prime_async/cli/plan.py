@@ -8,10 +8,10 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from prime_async.cli.demo_report import size
 from prime_async.cli.options import Cores, Count, Fragments, Json, LongestRtt, ManyNodes, NotNegative, Positive
 from prime_async.cli.report import figures_table
 from prime_async.plan import Forecast, Setup, choices, forecast, recommend
+from prime_async.watch.words import size
 
 
 def plan(

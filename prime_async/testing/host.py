@@ -134,7 +134,6 @@ class SimNode:
     facts: list[Fact] = field(default_factory=list)
     wake: dict[ActorName, float] = field(default_factory=dict)
     dialled: dict[str, int] = field(default_factory=dict)  # peer -> its incarnation, 0 if unknown
-    ballots_stored: int = -1  # the seq of the newest that this process knows to be on disk
 
     # the store
     chunks: dict[ChunkKey, ChunkInfo] = field(default_factory=dict)
