@@ -32,7 +32,7 @@ from prime_async.work.buffer_workload import BufferWorkload
 from prime_async.work.codec import CodecName, Int8Codec, make_codec
 from prime_async.work.corpus import Corpus
 from prime_async.work.diloco import DilocoWorkload, build_workload, open_diloco
-from prime_async.work.workload import StepReport, Workload
+from prime_async.work.workload import StepReport, Workload, nothing
 from tests.tiny_models import (
     CHUNK,
     committed,
@@ -538,7 +538,7 @@ def test_a_witness_trains_nothing_and_says_so() -> None:
         witness.train(1, ignore)
     with pytest.raises(LocalError, match=r"node\.witness = false"):
         encoded(witness, 0)
-    assert math.isnan(witness.evaluate())
+    assert math.isnan(witness.evaluate(nothing))
     witness.restore()
 
 

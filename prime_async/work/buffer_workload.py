@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import blake3
 import torch
@@ -15,10 +14,11 @@ from prime_async.work.chunks import ChunkCodec, Chunks
 from prime_async.work.codec import Codec, as_bytes, as_tensor
 from prime_async.work.inner import Span
 from prime_async.work.reducers import Reducer, mean
+from prime_async.work.vector_workload import VectorWorkload
 from prime_async.work.workload import Reduction, StepReport
 
 
-class BufferWorkload:
+class BufferWorkload(VectorWorkload):
     """A fp32 vector (n,) that every round replaces by the mean of all nodes' vectors. There is no outer optimiser.
 
     ``train`` does nothing. The outer state is the vector. Its digest is the BLAKE3 of the round, 8 bytes little-endian,
@@ -39,7 +39,7 @@ class BufferWorkload:
         """
         self.values = values
         self._chunks = Chunks(values.numel(), chunk_elements)
-        self._codec = ChunkCodec(codec, self._chunks, mean_codec=mean_codec)
+        super().__init__(ChunkCodec(codec, self._chunks, mean_codec=mean_codec))
         self._reducer = reducer
         self._round = 0
         self._digests = [self._hash(chunk) for chunk in range(self._chunks.count)]
@@ -68,15 +68,6 @@ class BufferWorkload:
     def round(self) -> int:
         return self._round
 
-    def payload_bytes(self, chunk: int) -> int:
-        return self._codec.payload_bytes(chunk)
-
-    def mean_bytes(self, chunk: int) -> int:
-        return self._codec.mean_bytes(chunk)
-
-    def usual_mean_bytes(self, chunk: int) -> int:
-        return self._codec.usual_mean_bytes(chunk)
-
     def state_bytes(self, chunk: int) -> int:
         return 4 * self._chunks.size(chunk)
 
@@ -97,41 +88,20 @@ class BufferWorkload:
     ) -> Reduction:
         return self._codec.reduce(chunk, payloads, weights, out, self._reducer)
 
-    def check(self, chunk: int, payload: memoryview) -> bool:
-        return self._codec.is_valid(chunk, payload)
-
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:  # noqa: ARG002
         with self._codec.work_on(chunk):
             self._codec.decode(mean, self._view(chunk))
             self._digests[chunk] = self._hash(chunk)
 
-    def capture(self, chunk: int) -> None:
-        """There are no local weights."""
-
-    def jump(self, chunk: int, own: memoryview) -> None:
-        """There are no local weights."""
-
     def apply_beside(self, chunk: int, mean: memoryview, included: bool, share: float) -> None:  # noqa: ARG002
         """As ``apply``."""
         self.apply(chunk, mean, included)
-
-    def merge(self, chunk: int) -> None:
-        """There are no local weights."""
-
-    def give_up(self, chunk: int) -> None:
-        """There is no local progress."""
-
-    def take_back(self, chunk: int) -> None:
-        """There is no local progress."""
 
     def end_round(self) -> bytes:
         return self.end_import(self._round + 1)
 
     def state_digest(self) -> bytes:
         return self._digest
-
-    def restore(self) -> None:
-        """There is no local progress."""
 
     def export_state(self, chunk: int) -> bytes:
         return self._view(chunk).numpy().tobytes()
@@ -159,15 +129,6 @@ class BufferWorkload:
 
     def chunk_digests(self) -> bytes:
         return b"".join(self._digests)
-
-    def inner_state(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:  # noqa: ARG002
-        return False
-
-    def evaluate(self, on_batch: Callable[[], None]) -> float:  # noqa: ARG002
-        return math.nan
 
     def _view(self, chunk: int) -> Tensor:
         return self.values[self._chunks.span(chunk)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,11 @@ from prime_async.work.inner import Span, list_spans
 from prime_async.work.outer import STATE_PREFIXES, OuterState
 from prime_async.work.reducers import Reducer, make_reducer, mean
 from prime_async.work.threads import torch_threads
-from prime_async.work.workload import Reduction, StepReport, nothing
+from prime_async.work.vector_workload import VectorWorkload
+from prime_async.work.workload import Reduction, StepReport
 
 
-class OuterWorkload:
+class OuterWorkload(VectorWorkload):
     """The outer state of a DiLoCo run, on a node that has no model: no local weights, no data, no device.
 
     ``reduce``, ``check``, ``apply``, ``export_state`` and ``import_state`` may run for different chunks at once.
@@ -43,9 +43,9 @@ class OuterWorkload:
         In synchronous rounds of ``outer`` it is :func:`mean`. ``allocate(n)`` makes scratch on the host, as in
         ``ChunkCodec``.
         """
+        super().__init__(ChunkCodec(codec, outer.chunks, allocate, mean_codec))
         self._outer = outer
         self._spans = spans
-        self._codec = ChunkCodec(codec, outer.chunks, allocate, mean_codec)
         self._reducer = reducer
 
     @property
@@ -65,15 +65,6 @@ class OuterWorkload:
     def round(self) -> int:
         return self._outer.round
 
-    def payload_bytes(self, chunk: int) -> int:
-        return self._codec.payload_bytes(chunk)
-
-    def mean_bytes(self, chunk: int) -> int:
-        return self._codec.mean_bytes(chunk)
-
-    def usual_mean_bytes(self, chunk: int) -> int:
-        return self._codec.usual_mean_bytes(chunk)
-
     def state_bytes(self, chunk: int) -> int:
         return self._outer.state_bytes(chunk)
 
@@ -91,33 +82,15 @@ class OuterWorkload:
         reducer = mean if self._outer.is_synchronous(round) else self._reducer
         return self._codec.reduce(chunk, payloads, weights, out, reducer)
 
-    def check(self, chunk: int, payload: memoryview) -> bool:
-        return self._codec.is_valid(chunk, payload)
-
     def apply(self, chunk: int, mean: memoryview, included: bool, own: memoryview | None = None) -> None:  # noqa: ARG002
         """Raises :class:`LocalError` if this round had one already: then nothing has changed."""
         with self._codec.work_on(chunk) as (gradient, scratch):
             self._codec.decode(mean, gradient)
             self._outer.step(chunk, gradient, scratch)
 
-    def capture(self, chunk: int) -> None:
-        """There are no local weights."""
-
-    def jump(self, chunk: int, own: memoryview) -> None:
-        """There are no local weights."""
-
     def apply_beside(self, chunk: int, mean: memoryview, included: bool, share: float) -> None:  # noqa: ARG002
         """As ``apply``."""
         self.apply(chunk, mean, included)
-
-    def merge(self, chunk: int) -> None:
-        """There are no local weights."""
-
-    def give_up(self, chunk: int) -> None:
-        """There is no local progress."""
-
-    def take_back(self, chunk: int) -> None:
-        """There is no local progress."""
 
     def end_round(self) -> bytes:
         return self._outer.end_round()
@@ -125,9 +98,6 @@ class OuterWorkload:
     def state_digest(self) -> bytes:
         """After ``round`` rounds: while the chunks of the next one are applied, that of the last one."""
         return self._outer.digest
-
-    def restore(self) -> None:
-        """There is no local progress."""
 
     @property
     def spans(self) -> Sequence[Span]:
@@ -150,16 +120,6 @@ class OuterWorkload:
 
     def end_import(self, round: int) -> bytes:
         return self._outer.end_import(round)
-
-    def inner_state(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def load_inner_state(self, tensors: Mapping[str, Tensor]) -> bool:  # noqa: ARG002
-        return False
-
-    def evaluate(self, on_batch: Callable[[], None] = nothing) -> float:  # noqa: ARG002
-        """NaN: that takes a model and data."""
-        return math.nan
 
 
 def open_witness(run: RunSpec, node: NodeSettings) -> OuterWorkload:
