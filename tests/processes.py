@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -64,3 +66,12 @@ def _target(place: Path) -> str:
         return str(place.readlink())
     except OSError:
         return ""
+
+
+def unused_tcp_ports(count: int) -> list[int]:
+    """Of this machine, now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]

@@ -27,7 +27,7 @@ from prime_async.node.invite import Door, checked_run, make_invitation, open_doo
 from prime_async.transport.base import Received
 from prime_async.transport.keys import generate
 from tests.commands import LIMIT_S, SMALL, command, lines_of, run, wait_for
-from tests.test_restart import unused_tcp_ports
+from tests.processes import unused_tcp_ports
 
 
 @asynccontextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +22,7 @@ from tests.node_processes import (
     modes,
     node_processes,
 )
+from tests.processes import unused_tcp_ports
 
 pytestmark = pytest.mark.xdist_group("real time")
 
@@ -183,15 +182,6 @@ def chunks_on_disk(directory: Path, member: NodeProcess, round: int) -> int:
     record = means(member.directory / "state").record(round)
     assert record is not None
     return len(means(directory).present(round, record.means))
-
-
-def unused_tcp_ports(count: int) -> list[int]:
-    """Of this machine, now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def flip(path: Path, at: int) -> None:
