@@ -107,17 +107,20 @@ def test_payload_has_the_size_that_was_announced_for_any_length(codec: Codec, n:
     assert round_trip(codec, values).shape == values.shape
 
 
-@given(finite_vectors)
-def test_int8_error_is_at_most_half_a_scale(values: NDArray[np.float32]) -> None:
-    decoded = round_trip(make_codec("int8"), torch.from_numpy(values)).numpy()
+@pytest.mark.parametrize(("name", "levels"), [("int8", 127), ("int4", 7)])
+@given(values=finite_vectors)
+def test_the_error_of_integers_is_at_most_half_a_scale(
+    name: CodecName, levels: int, values: NDArray[np.float32]
+) -> None:
+    decoded = round_trip(make_codec(name), torch.from_numpy(values)).numpy()
     for start in range(0, len(values), BLOCK):
         x, y = values[start : start + BLOCK].astype(np.float64), decoded[start : start + BLOCK].astype(np.float64)
         absmax = np.abs(x).max()
-        if absmax < 127 * MIN_SCALE * (1 - 1e-6):
+        if absmax < levels * MIN_SCALE * (1 - 1e-6):
             assert not y.any()
-        elif absmax > 127 * MIN_SCALE * (1 + 1e-6):
+        elif absmax > levels * MIN_SCALE * (1 + 1e-6):
             # Half a scale, and the roundings of the scale, the quotient and the product, relative 2^-24 each.
-            assert np.abs(x - y).max() <= absmax / 127 / 2 + 2**-22 * absmax
+            assert np.abs(x - y).max() <= absmax / levels / 2 + 2**-22 * absmax
 
 
 @given(finite_vectors)
@@ -134,18 +137,6 @@ def test_bytes_of_four_bit_codecs_are_those_of_the_documented_layout(
 ) -> None:
     payload = encode(make_codec(name), torch.from_numpy(values))
     assert payload.numpy().tobytes() == reference_four_bits(name, values)
-
-
-@given(finite_vectors)
-def test_int4_error_is_at_most_half_a_scale(values: NDArray[np.float32]) -> None:
-    decoded = round_trip(make_codec("int4"), torch.from_numpy(values)).numpy()
-    for start in range(0, len(values), BLOCK):
-        x, y = values[start : start + BLOCK].astype(np.float64), decoded[start : start + BLOCK].astype(np.float64)
-        absmax = np.abs(x).max()
-        if absmax < 7 * MIN_SCALE * (1 - 1e-6):
-            assert not y.any()
-        elif absmax > 7 * MIN_SCALE * (1 + 1e-6):
-            assert np.abs(x - y).max() <= absmax / 7 / 2 + 2**-22 * absmax
 
 
 @given(finite_vectors)
