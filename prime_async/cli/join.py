@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import socket
-import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +13,7 @@ from rich.console import Console
 from prime_async.cli.init import ALLOW_FILE, ALLOW_TEXT, CONFIG_FILE, KEY_FILE
 from prime_async.cli.options import Flag
 from prime_async.cli.preflight import print_findings, try_config
+from prime_async.cli.prospect import prospect
 from prime_async.config.contact import Contact
 from prime_async.config.invitation import Invitation
 from prime_async.config.load import config_from, load_config
@@ -24,10 +23,8 @@ from prime_async.config.template import node_toml
 from prime_async.errors import ConfigError, EnvironmentFault
 from prime_async.node.invite import open_door
 from prime_async.transport.keys import KeyPair, read_key_file, write_key_file
-from prime_async.watch.words import size
 
 PORT_PAIRS: Final = 50
-MEASURED_STEPS: Final = 3
 
 
 def join(
@@ -80,7 +77,7 @@ def join(
     _require_data(spec, data_path)
     node: dict[str, object] = {
         "name": name or socket.gethostname()[:64],
-        "key": str(key_file(home)),
+        "key": str(home / KEY_FILE),
         "directory": str(home / "state"),
         "device": device,
         "encrypt": invitation.encrypt,
@@ -90,7 +87,7 @@ def join(
     }
     config = _config(spec, {**node, **_free_ports("0.0.0.0")}, invitation.members)
     _require_a_ready_machine(config)
-    say(_description(config, measure_step(config)))
+    say(prospect(config))
     if not yes and input("Join and train? [Y/n] ").strip().lower() not in ("", "y", "yes"):
         say("Nothing was written but the key.")
         return 1
@@ -130,43 +127,10 @@ def _require_a_ready_machine(config: Config) -> None:
         raise ConfigError(["this machine is not ready: mend what is marked bad, and join again"])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSpeed:
-    """Of an inner step here. ``seconds``: the median of a few, after a first one. ``parameters``: of the model."""
-
-    seconds: float
-    tokens: int
-    parameters: int
-
-
-def measure_step(config: Config) -> StepSpeed:
-    """Do a few inner steps. Raises what opening the model and data raises; :class:`EnvironmentFault` without memory."""
-    import torch
-
-    from prime_async.work.factory import open_inner_trainer
-    from prime_async.work.workload import StepReport
-
-    reports: list[StepReport] = []
-    try:
-        trainer = open_inner_trainer(config.run, config.node, 0)
-        trainer.train(0, 1 + MEASURED_STEPS, reports.append)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise EnvironmentFault(
-            "an inner step needs more memory than there is: join with a smaller --micro-batch-size"
-        ) from error
-    seconds = statistics.median(r.seconds for r in reports[1:])
-    return StepSpeed(seconds=seconds, tokens=reports[-1].tokens, parameters=trainer.flat.numel())
-
-
-def key_file(home: Path) -> Path:
-    """Of a node that keeps its things there."""
-    return home / KEY_FILE
-
-
 def _key(home: Path) -> KeyPair:
     """The key that is there, from an earlier try, or a new one."""
     home.mkdir(parents=True, exist_ok=True)
-    path = key_file(home)
+    path = home / KEY_FILE
     return read_key_file(path) if path.exists() else write_key_file(path)
 
 
@@ -200,31 +164,6 @@ def _free_ports(host: str) -> dict[str, int]:
             continue
         return {"port": port, "bulk_port": port + 1}
     raise EnvironmentFault(f"no two ports from 7700 to {7700 + 2 * PORT_PAIRS} are free: stop what listens there")
-
-
-def _description(config: Config, speed: StepSpeed) -> str:
-    """What taking part will mean for this machine."""
-    from prime_async.work.codec import make_codec
-
-    run = config.run
-    steps = run.steps_per_round
-    rounds = (
-        f"{steps} inner steps, about {_duration(steps * speed.seconds)} here" if steps else f"{run.round.seconds:g} s"
-    )
-    if run.warmup_sync_steps:
-        rounds += f" (in each of the first {run.warmup_sync_steps:,} one step)"
-    payload = make_codec(run.exchange.codec).payload_bytes(-(-speed.parameters // run.fragment_count))
-    tokens_per_s = speed.tokens / speed.seconds
-    until = f"it ends after {run.rounds} rounds" if run.rounds else "it goes on until it is stopped"
-    return (
-        f"\n{run.name!r}: {speed.parameters:,} parameters, {run.model}, on {run.data}; {until}.\n"
-        f"An inner step of {speed.tokens:,} tokens takes {speed.seconds:.3g} s: {tokens_per_s:,.0f} tokens/s.\n"
-        f"A round is {rounds}; after it about {size(2 * payload)} are sent, and as much comes."
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _write(home: Path, config: Config) -> None:

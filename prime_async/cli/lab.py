@@ -103,15 +103,21 @@ def lab(
         seeds=seeds,
         learning_rates=tuple(learning_rates),
     )
+    _compare(plan, directory, processes or usable_cores(), plot, console)
+    return 0
+
+
+def _compare(plan: Plan, directory: Path, processes: int, plot: bool, console: Console) -> None:
+    base = plan.base
     for method in plan.methods:
-        method.spec(base)
-    summaries, outcomes = _run(plan, directory, processes or usable_cores(), console)
+        method.spec(base)  # raises what is wrong with the settings before anything is run
+    summaries, outcomes = _run(plan, directory, processes, console)
     write_report(directory / "lab.json", plan, summaries, outcomes)
-    title = f"{model}, {workers} workers, {rounds} x {inner_steps} inner steps, {seeds} seeds"
+    steps = f"{base.rounds} x {base.round.inner_steps} inner steps"
+    title = f"{base.model}, {plan.workers} workers, {steps}, {plan.seeds} seeds"
     console.print(_table(title, summaries))
     if plot:
         _draw(directory / "lab.png", title, summaries, outcomes, console)
-    return 0
 
 
 def _run(plan: Plan, directory: Path, processes: int, console: Console) -> tuple[list[Summary], list[Outcome]]:
