@@ -334,8 +334,6 @@ class Leadership:
         if self.proposal is not None:
             return
         members = self._members(now)
-        if not members:
-            return  # we leave, and nobody is left
         commit = self.commit if self._is_next(self.commit) else None
         if members == self.view.members and commit is None and self.opened:
             return
@@ -410,6 +408,8 @@ class Leadership:
                 out.append(Report(fact=fact))
             else:
                 out.append(Report(fact=MemberLeft(peer=member.id, name=member.name, view=view.number)))
+            if member.incarnation == self.left.get(member.id):
+                self._show_it_is_out(member.id, out)
         for member in [m for m in view.members if (m.id, m.incarnation) not in old]:
             out.append(Report(fact=MemberJoined(peer=member.id, name=member.name, view=view.number)))
         self.activating -= {m.id for m in view.active}
@@ -427,7 +427,7 @@ class Leadership:
         members += [replace(p.member, active=False, voter=False, reachable=False, weight=1) for p in new]
         if self.leaving_since is not None:
             heirs = _with_votes([m for m in members if m.id != self.me])
-            members = heirs if self.hands_over(now, self.leaving_since, heirs) else members
+            members = heirs if heirs and self.hands_over(now, self.leaving_since, heirs) else members
         return tuple(self._with_reachability(m) for m in members)
 
     def _as_it_should_be(self, member: Member) -> Member | None:
@@ -527,19 +527,24 @@ class Leadership:
                 self.leaving_since = now
             self.go_on(now, out)
         if self.view.member(peer) is None:
-            out.append(Send(peer=peer, message=ViewUpdate(epoch=self.epoch, decided=True, view=self.view)))
+            self._show_it_is_out(peer, out)
+
+    def _show_it_is_out(self, peer: str, out: list[Effect]) -> None:
+        out.append(Send(peer=peer, message=ViewUpdate(epoch=self.epoch, decided=True, view=self.view)))
 
     def hands_over(self, now: float, since: float, heirs: list[Member]) -> bool:
-        """Not before more than half of those that will vote were heard since: else they could not go on without us."""
-        if now < since + self.settings.heartbeat_s / 2:
-            return False
+        """Not before more than half of those that will vote were heard since: else they could not go on without us.
+
+        What comes in the first half of a heartbeat may have been on its way from one that has just died.
+        """
+        sure_at = since + self.settings.heartbeat_s / 2
         voters = [self.peers[m.id] for m in heirs if m.voter]
-        return not voters or 2 * sum(p.heard_at > since for p in voters) > len(voters)
+        return now >= sure_at and 2 * sum(p.heard_at >= sure_at for p in voters) > len(voters)
 
     @property
     def alone(self) -> bool:
-        """Nobody is left to hand over to."""
-        return not any(not p.gone for p in self.peers.values())
+        """Nobody is left to hand over to, and those who left have been told that they are out."""
+        return all(m.id == self.me for m in self.view.members) and all(p.gone for p in self.peers.values())
 
 
 def _with_votes(members: list[Member]) -> list[Member]:

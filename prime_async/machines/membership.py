@@ -22,8 +22,9 @@ The rules:
 * A member that leaves says goodbye until the leader shows it a view without it, three times at most; a leader, when a
   view without it is decided, to everybody, and until one who has a vote in that view has it. If it is asked who leads
   after that, and be it after another start, it shows that view again.
-  A member that is told to leave while it looks for a leader goes on looking, and voting, for ``failure_timeout_s`` at
-  most: to say goodbye to the one that is found, or to lead, and to hand over.
+  A member that is told to leave while it looks for a leader, or whose leader does not answer its goodbyes, goes on
+  looking, and voting, a little longer than ``failure_timeout_s`` at most: to say goodbye to the one that is found, or
+  to lead, and to hand over. Not if nobody but that leader would miss it.
 
 May be lost: any message; heartbeats and their answers repair views. Never believed: a view or proposal that does not
 come from a member, or that is of an epoch which is over, and anything from an incarnation that is not in the view.
@@ -869,29 +870,36 @@ class Membership:
         elif self.role == "member":
             self.role = "leaving"
             self._say_goodbye(now, out)
-        elif self.role == "asking" and self._is_known:
+        elif self.role == "asking" and self._is_missed:
             self._leave_when_there_is_a_leader(now, out)
         else:
             self._end(Finish(), out)
 
     @property
-    def _is_known(self) -> bool:
-        """Whether the others in the view take this node, or an earlier start of it, for one of them."""
-        ballot = self.acceptor.ballot
-        mine = ballot.view.member(self.settings.me.id) if ballot.view else None
-        return mine is not None and mine.incarnation in ballot.incarnations
+    def _is_missed(self) -> bool:
+        """Whether there are others in the view, beside a lost leader, who take this node for one of them."""
+        ballot, me, lost = self.acceptor.ballot, self.settings.me.id, self.leader or self.standing.lost
+        mine = ballot.view.member(me) if ballot.view else None
+        if ballot.view is None or mine is None or mine.incarnation not in ballot.incarnations:
+            return False
+        return any(m.id not in (me, lost) for m in ballot.view.members)
 
     def _leave_when_there_is_a_leader(self, now: float, out: list[Effect]) -> None:
         """Look for one, or be it: else those who are left may be too few to agree on anything."""
         if not self.would_leave:
-            self.leave_by = now + self.settings.failure_timeout_s
+            self.leave_by = now + self.settings.failure_timeout_s + 5 * self.settings.heartbeat_s
         self.would_leave, self.goodbyes = True, 0
         self._try_to_lead(now, out)
 
+    @property
+    def _is_leader_lost(self) -> bool:
+        """Whether it has left too, and before us, or does not answer."""
+        return self.goodbyes >= MAX_GOODBYES or (self.view is not None and self.view.member(self.leader) is None)
+
     def _say_goodbye(self, now: float, out: list[Effect]) -> None:
-        view = self.view
-        if not self.farewell and view is not None and view.member(self.leader) is None and self._is_known:
-            self._ask_from_now(now, out)  # the leader has left too, and before us
+        late = self.would_leave and now >= self.leave_by
+        if not self.farewell and self._is_leader_lost and self._is_missed and not late:
+            self._ask_from_now(now, out)
             self._leave_when_there_is_a_leader(now, out)
             return
         waits = self.unheard is not None and now < self.leave_by
