@@ -543,16 +543,30 @@ class AskLedger(Struct, frozen=True, kw_only=True, tag_field="t", tag="ask_ledge
     """A node that is behind to every member: what do you have on disk?"""
 
 
+MAX_STRETCHES: Final = 16
+
+
+class Stretch(Struct, frozen=True, kw_only=True):
+    """Rounds without a gap: from ``first`` to the one before ``end``."""
+
+    first: Count
+    end: Count
+
+
 class Holdings(Struct, frozen=True, kw_only=True, tag_field="t", tag="holdings"):
     """The answer to ``AskLedger``: the outer state here is after ``round`` rounds.
 
     Records and settled means are here of the rounds from ``means_from`` to the one before ``round``; ``snapshots`` are
-    the rounds of which the whole outer state is on disk, ascending.
+    the rounds of which the whole outer state is on disk, ascending. Of a node that is behind: ``state`` is false if
+    its outer state is not known to be one of the run's; ``above`` are rounds from ``round`` on of which records and
+    means are here too, ascending.
     """
 
     round: Count
     means_from: Count
     snapshots: Annotated[tuple[Count, ...], Meta(max_length=256)] = ()
+    state: bool = True
+    above: Annotated[tuple[Stretch, ...], Meta(max_length=MAX_STRETCHES)] = ()
 
 
 # --- actors of users --------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ EFFECTS: Final[Mapping[type[Struct], str]] = {
     v.EndImport: "makes what was imported the outer state after {round} rounds",
     v.StoreMeans: "stores the means of round {round}, ({epoch}, {attempt})",
     v.ReadRecord: "reads {key} of {peer}",
+    v.FindRecord: "looks for the record of round {round} on its own disk",
     v.ReadManifest: "reads {key} of {peer}",
     v.OpenRound: "looks for the means of {record} on disk",
     v.OpenSnapshot: "makes room for snapshot {round} on disk",

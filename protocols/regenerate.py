@@ -149,6 +149,7 @@ from prime_async.messages import (
     RoundMessage,
     RoundTimes,
     RunInfo,
+    Stretch,
     Support,
     Turn,
     Unusable,
@@ -271,6 +272,9 @@ FULL_VIEW = View(
     commit=FULL_COMMIT,
 )
 FIRST = (Turn(epoch=1, attempt=0),)
+HOLDINGS_MOST = Holdings(
+    round=MOST, means_from=MOST, snapshots=(MOST,) * 256, above=(Stretch(first=MOST, end=MOST),) * 16
+)
 PLAN = Plan(round=12, epoch=1, attempt=0, view=2, contributors=bitmap([0, 1]), weights=(65536, 32768), turns=FIRST)
 BALLOT = Ballot(
     incarnations=(1699999999999, 1700000000000),
@@ -565,9 +569,18 @@ def control_cases() -> list[tuple[str, Any]]:
         ("vouch", Vouch(key=B, name="bert")),
         ("holdings", Holdings(round=12, means_from=3, snapshots=(0, 10))),
         ("holdings_without_a_snapshot", Holdings(round=12, means_from=12)),
+        (
+            "holdings_of_a_node_that_is_behind",
+            Holdings(
+                round=12,
+                means_from=3,
+                state=False,
+                above=(Stretch(first=13, end=15), Stretch(first=16, end=17)),
+            ),
+        ),
         ("own", Own(actor="tally", body=b"\xa1\x64type\x64ping")),
         ("own_most", Own(actor="t" + "9_" * 15 + "y", body=bytes(65536))),
-        ("holdings_most", Holdings(round=MOST, means_from=MOST, snapshots=(MOST,) * 256)),
+        ("holdings_most", HOLDINGS_MOST),
     ]
 
 
@@ -676,7 +689,7 @@ def tolerated_cases() -> list[tuple[str, str, Any, dict[str, Any], Any]]:
             "holdings_without_an_optional_field",
             "control",
             Holdings(round=3, means_from=1),
-            {"snapshots": "LEFT OUT"},
+            {"snapshots": "LEFT OUT", "state": "LEFT OUT", "above": "LEFT OUT"},
             Holdings(round=3, means_from=1),
         ),
         ("ask_ledger_with_an_unknown_field", "control", AskLedger(), {"rounds": [3, 9]}, AskLedger()),
@@ -897,6 +910,12 @@ def control_rejects() -> list[tuple[str, str, bytes, bool]]:
             False,
         ),
         ("too_many_snapshots", "257 snapshots", changed(holdings, snapshots=[0] * 257), False),
+        (
+            "too_many_stretches",
+            "17 stretches",
+            changed(holdings, above=[{"first": 0, "end": 1}] * 17),
+            False,
+        ),
         ("holdings_without_means", "no first round", changed(holdings, means_from="LEFT OUT"), False),
         ("payload_as_a_message", "a record's place is the other plane", encode(RECORD), False),
         ("long_lineage", "a lineage of 33 bytes", changed(hello, lineage=bytes(33)), False),

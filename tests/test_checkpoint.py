@@ -11,7 +11,7 @@ from blake3 import blake3
 from msgspec.structs import replace
 
 from prime_async.machines.catchup import ROUNDS_AT_ONCE
-from prime_async.machines.checkpoint import Checkpoint, CheckpointSettings
+from prime_async.machines.checkpoint import FORGIVEN_AFTER, Checkpoint, CheckpointSettings
 from prime_async.machines.facts import (
     CatchingUp,
     CatchUpStarted,
@@ -38,6 +38,7 @@ from prime_async.machines.vocabulary import (
     Fetched,
     FetchFailed,
     FetchState,
+    FindRecord,
     FinishSnapshot,
     Halt,
     Halted,
@@ -77,6 +78,7 @@ from prime_async.messages import (
     Holdings,
     Included,
     Record,
+    Stretch,
     View,
     next_chain,
 )
@@ -141,6 +143,7 @@ class Rig:
     )
     disk: LedgerAt = field(default_factory=LedgerAt)
     there: dict[int, set[int]] = field(default_factory=dict)  # round -> chunks of its means that are on disk already
+    records: dict[int, Record] = field(default_factory=dict)  # on disk
     parts: set[int] = field(default_factory=set)  # chunks of the snapshot that are on disk already
     wrong: set[int] = field(default_factory=set)  # chunks of our outer state that are not the run's
     lies: Callable[[str, ChunkKey], Event | None] = lambda _peer, _key: None
@@ -205,6 +208,8 @@ class Rig:
 
     def perform_on_disk(self, effect: Effect) -> Event | None:
         match effect:
+            case FindRecord(round=round):
+                return RecordRead(peer="", record=self.records[round]) if round in self.records else None
             case OpenRound(record=record):
                 round = record.commit.round
                 missing = set(range(CHUNKS)) - self.there.get(round, set())
@@ -788,11 +793,89 @@ def test_means_that_were_applied_just_now_count_as_there() -> None:
     assert sent(rig.done[-1:], Holdings) == [("n2", Holdings(round=13, means_from=10, snapshots=(10,)))]
 
 
-def test_who_is_behind_itself_tells_nothing() -> None:
+def test_who_is_behind_and_cannot_tell_that_what_it_has_is_the_runs_tells_nothing() -> None:
     rig = behind(3, 9, peers={"n0": Holdings(round=3, means_from=3)})
+    assert told_to_n0(rig) is None
+
+
+def test_who_sent_what_does_not_fit_is_asked_again_when_nobody_else_has_what_is_missing() -> None:
+    """Defect: a node whose state was mended after it had written a snapshot of it was never asked again."""
+    rig = behind(3, 6, peers={"n0": everything(6, means_from=5, snapshots=(5,))})
+    lies = [ManifestRead(peer="n0", round=5, digest=digest("before"), commit=HISTORY[4].commit, differing=())]
+    rig.lies = lambda peer, key: lies.pop() if key.kind == "manifest" and peer == "n0" and lies else None
     rig.begin()
-    rig.give(Heard(peer="n2", message=AskLedger()))
-    assert not sent(rig.done, Holdings)
+    assert rig.machine.providers.liars == {"n0"}
+    for _ in range(FORGIVEN_AFTER + 2):
+        rig.wait()
+    assert rig.is_settled
+
+
+# --- when all are behind --------------------------------------------------------------------------------------------
+
+
+def with_means(own: int, *rounds: int, run: int = 9, damaged: tuple[int, ...] = (), **more: object) -> Rig:
+    """A node whose one peer has nothing, with the means of ``rounds`` on disk, and records of ``damaged`` too."""
+    return behind(
+        own,
+        run,
+        peers={"n0": Holdings(round=0, means_from=0)},
+        disk=LedgerAt(means=rounds),
+        there={round: set(range(CHUNKS)) for round in rounds},
+        records={round: HISTORY[round] for round in (*rounds, *damaged)},
+        **more,
+    )
+
+
+def told_to_n0(rig: Rig) -> Holdings | None:
+    """What it answers in the midst of catching up."""
+    rig.begin()
+    before = len(rig.done)
+    rig.give(Heard(peer="n0", message=AskLedger()))
+    answers = [holdings for _, holdings in sent(rig.done[before:], Holdings)]
+    return answers[0] if answers else None
+
+
+def test_means_and_records_that_are_on_disk_are_asked_of_nobody() -> None:
+    """Given a state that is older than the means on disk, as after a snapshot was lost, then these are enough."""
+    rig = with_means(3, 3, 4, 5, 6, 7, 8)
+    rig.begin()
+    assert rig.is_settled
+    assert not of(Fetch, rig.done)
+
+
+def test_who_is_behind_tells_what_it_knows_to_be_the_runs() -> None:
+    """Given that means are damaged on each node, then each gives the others what it has before and after its own."""
+    rig = with_means(3, 0, 1, 2, 4, 5, 7, 8, damaged=(3, 6))
+    assert told_to_n0(rig) == Holdings(round=3, means_from=3, state=False, above=(Stretch(first=7, end=9),))
+    rig.give(RecordRead(peer="n0", record=HISTORY[6]))
+    rig.give(Heard(peer="n0", message=AskLedger()))
+    above = (Stretch(first=4, end=6), Stretch(first=7, end=9))
+    assert sent(rig.done[-1:], Holdings) == [("n0", Holdings(round=3, means_from=0, state=True, above=above))]
+
+
+def test_who_has_the_state_that_the_newest_commit_is_about_tells_what_led_to_it() -> None:
+    rig = with_means(8, 5, 6, 7)
+    rig.give(FetchState())
+    assert told_to_n0(rig) == Holdings(round=8, means_from=5)
+
+
+def test_who_knows_that_its_state_is_wrong_gives_the_means_alone() -> None:
+    """Given a leader whose state was damaged in memory, that started again, then others get its means, and mend it."""
+    rig = with_means(3, 2, 3, 4, 5, 6, 7, 8, wrong={1})
+    at_first = RunAt(round=3, digest=state(3))
+    rig.on_effect = lambda effect: at_first if effect == Tell(actor="membership", event=AskAgain()) else None
+    rig.own = at(3, rig.digest_at(3))
+    rig.give(rig.own)
+    assert told_to_n0(rig) == Holdings(round=9, means_from=2, state=False)
+
+
+def test_means_of_another_history_are_not_given_and_not_taken_and_nobody_is_blamed_for_them() -> None:
+    other = history(9, name="another")
+    rig = with_means(3, 3, 4, 5, 6, 7, 8)
+    rig.records = dict(enumerate(other))
+    assert told_to_n0(rig) is None
+    assert not of(OpenRound, rig.done)
+    assert rig.machine.providers.liars == set()
 
 
 def test_nothing_is_fetched_any_more_once_the_node_is_settled() -> None:

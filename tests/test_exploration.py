@@ -35,7 +35,7 @@ def test_runs_that_begin_with_synchronous_rounds_go_on_after_whatever_goes_wrong
     explore(range(300_000, 300_025), lambda seed: run_schedule(seed, mode, sync_rounds=1 + seed % 8))
 
 
-@pytest.mark.parametrize("seed", [100_441, 512_818])
+@pytest.mark.parametrize("seed", [100_164, 100_441, 507_964, 512_818])
 def test_runs_go_on_that_once_stood_still(seed: int) -> None:
     """Found by the next, which are too long to be run each time."""
     run_schedule(seed)

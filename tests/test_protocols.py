@@ -25,6 +25,7 @@ from prime_async.messages import (
     Plan,
     Rate,
     Refuse,
+    Stretch,
     Turn,
     View,
     decode,
@@ -53,7 +54,7 @@ LIMITS: dict[PlaneName, int] = {
     "bulk": MAX_HEADER_BYTES,
     "records": MAX_CONTROL_BYTES,  # there is none but that of payloads, which is the run's
 }
-PARTS = (Member, View, Commit, Change, Turn, Plan, HeldMean, Rate, ChunkKey, ChunkInfo, Included)
+PARTS = (Member, View, Commit, Change, Turn, Plan, HeldMean, Rate, ChunkKey, ChunkInfo, Included, Stretch)
 """What messages are made of, beside plain values."""
 
 VECTORS: list[tuple[PlaneName, dict[str, Any]]] = [

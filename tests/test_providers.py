@@ -10,7 +10,7 @@ from prime_async.machines.attempt import SETTLED, mean_key
 from prime_async.machines.catchup import manifest_key, record_key, state_key
 from prime_async.machines.providers import MAX_PLACING, Download, Providers
 from prime_async.machines.vocabulary import CancelFetch, CancelFetches, Effect, Fetch, FetchFault
-from prime_async.messages import ChunkKey, Holdings
+from prime_async.messages import ChunkKey, Holdings, Stretch
 from tests.machine_harness import full_member, of, view
 
 PAUSE_S = 5.0
@@ -74,6 +74,28 @@ def test_a_member_has_what_it_says(key: ChunkKey, has: bool) -> None:
     one.heard("n0", Holdings(round=12, means_from=4, snapshots=(5,)))
     assert one.has("n0", key) is has
     assert one.somebody_has(key) is has
+
+
+@pytest.mark.parametrize(
+    ("key", "has"),
+    [
+        (mean_key(3, 0, SETTLED), True),
+        (mean_key(5, 0, SETTLED), False),
+        (record_key(6), True),
+        (mean_key(7, 0, SETTLED), True),
+        (mean_key(8, 0, SETTLED), False),
+        (record_key(9), True),
+        (manifest_key(5), False),
+        (state_key(5, 0), False),
+    ],
+)
+def test_a_member_that_is_behind_has_the_rounds_that_it_says_and_no_state_that_is_wrong(
+    key: ChunkKey, has: bool
+) -> None:
+    one = providers("n0")
+    above = (Stretch(first=6, end=8), Stretch(first=9, end=10))
+    one.heard("n0", Holdings(round=5, means_from=0, state=False, above=above))
+    assert one.has("n0", key) is has
 
 
 def test_who_is_no_member_is_not_believed_and_who_has_left_is_forgotten() -> None:

@@ -310,6 +310,24 @@ def test_damage_that_is_found_while_a_node_catches_up_is_mended_from_others() ->
     assert [f.round for f in facts_of(node, LedgerTrouble)] in ([round], [])
 
 
+@pytest.mark.parametrize("lost", [{"n0": (1,), "n1": (2,)}, {"n0": (1, 4), "n1": (0, 3)}])
+def test_nodes_that_were_all_stopped_have_together_what_none_of_them_has_alone(
+    lost: dict[str, tuple[int, ...]],
+) -> None:
+    """Given that different means are damaged on each disk, when all start again, then the run goes on.
+
+    Defect: all were behind, and who was behind gave nobody what it had.
+    """
+    chaos = steady(2, settings=ALL_MEANS)
+    reach(chaos, 6, 60)
+    for name, rounds in lost.items():
+        for round in rounds:
+            chaos.simulation.nodes[name].disk.means[round].damaged.add(0)
+    for name in lost:
+        chaos.restart(name)
+    agree(chaos)
+
+
 # --- liars ----------------------------------------------------------------------------------------------------------
 
 

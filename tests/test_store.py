@@ -119,6 +119,24 @@ async def test_the_outer_state_is_asked_of_whoever_reads_it() -> None:
     assert await store.provide("n1", key("state", 5)) == chunk(5)
 
 
+async def test_a_settled_mean_is_read_from_disk_if_the_round_is_there_and_else_waited_for() -> None:
+    """Defect: who was behind had what others lacked on its disk, of rounds that it had not come to, and kept it."""
+    store = ChunkStore()
+
+    async def read(what: ChunkKey) -> Chunk:
+        return chunk(what.chunk)
+
+    store.read_ledger, store.has_committed = read, lambda round: round == 7
+    settled = key("mean", 5, round=7, epoch=0, attempt=0)
+    assert await store.provide("n1", settled) == chunk(5)
+    others = key("mean", 5, round=8, epoch=0, attempt=0), key("mean", 5, round=7, epoch=1, attempt=0)
+    async with waiting(store, *others) as gets:
+        pass
+    assert [g.answer for g in gets] == [None, None]
+    store.put(settled, chunk(9))
+    assert await store.provide("n1", settled) == chunk(9), "what is in memory costs no read"
+
+
 async def test_that_a_contribution_is_used_is_told_once_a_round_and_before_the_peer_has_it() -> None:
     store, told = ChunkStore(), list[int]()
     store.on_taken = told.append

@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from prime_async.actors.fetcher import Fetcher
 from prime_async.actors.ledger import LedgerKeeper
-from prime_async.errors import ProtocolError, StorageError
+from prime_async.errors import ChunkUnavailableError, ProtocolError, StorageError
 from prime_async.ledger import DamagedError, Ledger, SnapshotJob
 from prime_async.machines.vocabulary import (
     AdoptRound,
@@ -23,6 +23,7 @@ from prime_async.machines.vocabulary import (
     Event,
     Fetch,
     FetchFailed,
+    FindRecord,
     FinishSnapshot,
     ImportChunk,
     Imported,
@@ -89,6 +90,8 @@ class CheckpointActor:
                 self._nursery.start_soon(self._end_import, round, self._imports)
             case ReadRecord():
                 self._read_record(effect)
+            case FindRecord(round=round):
+                self._nursery.start_soon(self._find_record, round)
             case ReadManifest():
                 self._read_manifest(effect)
             case WriteSnapshot(round=round):
@@ -144,6 +147,16 @@ class CheckpointActor:
             self._post(FetchFailed(peer=effect.peer, key=effect.key, fault="invalid"))
         else:
             self._post(RecordRead(peer=effect.peer, record=record))
+
+    async def _find_record(self, round: int) -> None:
+        ledger = self._keeper.ledger
+        if ledger is None:
+            return
+        try:
+            data = await self._tensors.run(ledger.read_record, round)
+        except ChunkUnavailableError:
+            return
+        self._post(RecordRead(peer="", record=decode(data, Record)))
 
     def _read_manifest(self, effect: ReadManifest) -> None:
         data, key = self._fetcher.take(effect.peer, effect.key).payload, effect.key

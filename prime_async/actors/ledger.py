@@ -218,6 +218,10 @@ class LedgerKeeper:
 
     # --- for peers ----------------------------------------------------------------------------------------------
 
+    def has_committed(self, round: int) -> bool:
+        """Whether the committed means of the round are on disk, as far as is known."""
+        return self.ledger is not None and self.ledger.find_commit(round) is not None
+
     async def provide(self, key: ChunkKey) -> Chunk:
         """A record, a manifest, a committed mean, or a chunk of an outer state: from the disk, or from memory.
 

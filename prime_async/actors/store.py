@@ -25,6 +25,8 @@ class ChunkStore:
         self._oldest = {"contribution": 0, "mean": 0}
         self._taken = -1  # the newest round of which a contribution was used
         self.read_ledger: Callable[[ChunkKey], Awaitable[Chunk]] | None = None
+        self.has_committed: Callable[[int], bool] = lambda _: False
+        """Whether the committed means of a round are on disk."""
         self.may_read: Callable[[str], bool] = lambda _: True
         self.on_taken: Callable[[int], None] | None = None
         """Told the round when the first chunk of this node's contribution is about to be used, here or by a peer."""
@@ -74,8 +76,13 @@ class ChunkStore:
         return chunk
 
     def _is_on_disk(self, key: ChunkKey) -> bool:
-        """If it is anywhere: a settled mean of a round whose means are not in memory any more."""
-        return number_of(key) == SETTLED and key.kind == "mean" and key.round < self._oldest["mean"]
+        """If it is anywhere: a settled mean of a round whose means are not in memory any more.
+
+        Or, while this node is behind, of one that it has not come to yet.
+        """
+        if number_of(key) != SETTLED or key.kind != "mean":
+            return False
+        return key.round < self._oldest["mean"] or (key not in self._chunks and self.has_committed(key.round))
 
     async def _wait_for(self, key: ChunkKey) -> None:
         waiting = self._waiting.setdefault(key, trio.Event())

@@ -5,7 +5,8 @@ The rules:
 * Nothing is fetched before it is known what it must be. First the records of the rounds come, each verified by the one
   above it (:mod:`~prime_async.machines.records`); they say what each mean must be, and what the outer state was. A
   manifest of that digest says what each chunk of a snapshot must be.
-* All goes to disk, and what is there already, from an earlier start, is not fetched again.
+* All goes to disk, and what is there already, from an earlier start, is not fetched again; nor are the records of
+  rounds whose means are there. These are verified as all others are: they may be of another history.
 * What comes faster than the disk takes it is not asked for (:mod:`~prime_async.machines.providers`).
 * A few rounds are worked on at once, the oldest first; a snapshot before them.
 """
@@ -21,13 +22,14 @@ from prime_async.machines.records import Records
 from prime_async.machines.vocabulary import (
     ChunkStored,
     Effect,
+    FindRecord,
     FinishSnapshot,
     ManifestRead,
     OpenRound,
     OpenSnapshot,
     StoreRecord,
 )
-from prime_async.messages import ChunkKey
+from prime_async.messages import MAX_STRETCHES, ChunkKey, Stretch
 
 ROUNDS_AT_ONCE = 8
 
@@ -63,12 +65,49 @@ class CatchUp:
     snapshot: int | None = None  # the round of the one that is wanted
     filling: Filling | None = None  # of the snapshot, once its manifest is verified
     snapshot_stored: bool = False
+    on_disk: frozenset[int] = frozenset()  # rounds whose means are there since before, of whatever history
+    looked_for: set[int] = field(default_factory=set)  # rounds whose records were looked for on our disk
+
+    def begin(self) -> None:
+        """Nothing is known of the history yet."""
+        self.stored.clear()
+        self.looked_for.clear()
+        self.records = Records(self.records.fragments)
 
     def first_missing(self, first: int) -> int:
         """The first round from ``first`` on whose means are not on disk, or not verified yet."""
         while first in self.stored:
             first += 1
         return first
+
+    def first_lacking(self, first: int) -> int:
+        """The first round from ``first`` on whose means are not known to be on our disk."""
+        first = self.first_missing(first)
+        while first in self.on_disk and self.records.linked(first) is not None:
+            first = self.first_missing(first + 1)
+        return first
+
+    def verified(self, first: int, goal: int) -> tuple[Stretch, ...]:
+        """The rounds from ``first`` to ``goal`` whose means are on our disk, and are what they must be."""
+        stretches: list[Stretch] = []
+        for round in range(first, goal):
+            filling = self.rounds.get(round)
+            damaged = filling is not None and bool(filling.missing)
+            here = round in self.stored or round in self.on_disk
+            if damaged or not here or self.records.linked(round) is None:
+                continue
+            if stretches and stretches[-1].end == round:
+                stretches[-1] = Stretch(first=stretches[-1].first, end=round + 1)
+            else:
+                stretches.append(Stretch(first=round, end=round + 1))
+        return tuple(stretches[-MAX_STRETCHES:])
+
+    def look_on_disk(self, first: int, out: list[Effect]) -> None:
+        """For the next record downwards, if it may be there. Of ``first`` only the means may be damaged."""
+        below = self.records.bottom - 1
+        if below >= first and (below in self.on_disk or below == first) and below not in self.looked_for:
+            self.looked_for.add(below)
+            out.append(FindRecord(round=below))
 
     def missing(self, first: int, goal: int) -> tuple[float, float]:
         """How many rounds' means are missing from ``first`` to before ``goal``, and which part of the snapshot."""
@@ -96,7 +135,8 @@ class CatchUp:
         ``known``: what the snapshot must be.
         """
         if first < self.records.bottom:
-            missing = [r for r in range(first, goal) if not self.records.has(r)]
+            unread = self.on_disk - self.looked_for
+            missing = [r for r in range(first, goal) if r not in unread and not self.records.has(r)]
             self.download.want(map(record_key, missing), first=True)
         if self.snapshot is not None and not self.snapshot_stored and known:
             self._go_on_with_snapshot(self.snapshot, out)

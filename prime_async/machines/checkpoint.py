@@ -16,7 +16,8 @@ The rules:
   differ. What it takes steps with meanwhile goes wrong in the same chunks alone.
 * Means that are on disk, and prove to be those of the newest commit, are not fetched.
 * What is read from disk and is damaged is fetched again. A disk that is full is told of; training goes on.
-* A member that asks what is here is told what is on disk, once this node's state is the run's.
+* A member that asks what is here is told what is on disk, once this node's state is the run's; and before, what is
+  known to be of the run's history: nodes that are all behind may have together what none of them has alone.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ from prime_async.machines.vocabulary import (
 )
 from prime_async.messages import FIRST_CHAIN, AskLedger, ChunkKey, Commit, Holdings, Message, View, next_chain
 
+FORGIVEN_AFTER = 5
+"""After so many times of asking in vain those are asked too who sent what does not fit: theirs may be mended."""
 NOWHERE_AFTER = 10
 """After so many times of asking in vain it is said that nobody has what is missing."""
 
@@ -179,7 +182,7 @@ class Checkpoint:
             case StateAt():
                 self._on_own(event, out)
             case LedgerAt():
-                self.disk = event
+                self.disk, self.catch_up.on_disk = event, frozenset(event.means)
                 self._see()
                 given = self.keeping.given
                 if self.own is not None and not leads_to(self.own.round, self.floor, self.disk, self.seen, given):
@@ -228,11 +231,31 @@ class Checkpoint:
             return
         if isinstance(message, Holdings):
             self.providers.heard(peer, message)
-        elif isinstance(message, AskLedger) and self.phase == "settled" and self.own is not None:
-            round = self.own.round
-            first = means_from(round, self.floor, self.disk, self.coming)
-            snapshots = tuple(s for s in self.disk.snapshots if self.floor <= s <= round)
-            out.append(Send(peer=peer, message=Holdings(round=round, means_from=first, snapshots=snapshots)))
+        elif isinstance(message, AskLedger) and (holdings := self._holdings) is not None:
+            out.append(Send(peer=peer, message=holdings))
+
+    @property
+    def _holdings(self) -> Holdings | None:
+        """What is here for others: if we are behind, what is known to be of the run's history; ``None`` if nothing."""
+        own, settled = self.own, self.phase == "settled"
+        if own is None or self.phase == "starting":
+            return None
+        proven = settled or self._is_proven
+        right = settled or (proven and not self.wrong)
+        first = means_from(own.round, self.floor, self.disk, self.coming) if proven else own.round
+        snapshots = tuple(s for s in self.disk.snapshots if self.floor <= s <= own.round and right)
+        above = () if settled else self.catch_up.verified(own.round, self._goal)
+        if not settled and first == own.round and not snapshots and not above:
+            return None
+        return Holdings(round=own.round, means_from=first, snapshots=snapshots, state=right, above=above)
+
+    @property
+    def _is_proven(self) -> bool:
+        """Whether the commits that led to our state are known to be the run's."""
+        own = self.own
+        if own is None or self.torn or self.stranger:
+            return False
+        return self._is_next or own.chain == self.catch_up.records.chain_before(own.round)
 
     # --- where the run is ---------------------------------------------------------------------------------------
 
@@ -311,8 +334,7 @@ class Checkpoint:
         self.phase, self.repair, self.base = "settled", None, None
         self.catch_up.give_up(out)
         self.catch_up.choose_snapshot(None, out)
-        self.catch_up.stored.clear()
-        self.catch_up.records = Records(self.catch_up.records.fragments)
+        self.catch_up.begin()
         self.halting = self.halted = False
         if self.own != self.told:
             self.told = self.own
@@ -332,6 +354,8 @@ class Checkpoint:
         out += [Send(peer=peer, message=AskLedger()) for peer in self.providers.members]
         if self.own is not None and (self.own.round == self._goal or self.base is None):
             out.append(Tell(actor="membership", event=AskAgain()))
+        if self.asked_in_vain == FORGIVEN_AFTER:
+            self.providers.liars.clear()
         if self.asked_in_vain == NOWHERE_AFTER:
             advice = (
                 "no member that is here has what the last commit leads to: start a node that has it, or carry on from "
@@ -346,6 +370,7 @@ class Checkpoint:
         assert self.own is not None
         if self._commit is not None:
             self.catch_up.records.aim(self._commit)
+            self.catch_up.look_on_disk(self.base[1] if self.base is not None else self.own.round, out)
         self._compare_histories()
         if self.repair is not None and self.repair.round != self._goal:
             self._leave_repair(out)
@@ -451,7 +476,7 @@ class Checkpoint:
         here = self.catch_up.snapshot_stored and self.catch_up.snapshot == round
         if kind == "snapshot" and not here and not self.providers.somebody_has(manifest_key(round)):
             return False
-        first = self.catch_up.first_missing(round)
+        first = self.catch_up.first_lacking(round)
         return first >= self._goal or self.catch_up.is_here(first) or self.providers.somebody_has(record_key(first))
 
     def _cost(self, base: tuple[str, int]) -> tuple[float, int]:
@@ -526,9 +551,8 @@ class Checkpoint:
             case FetchFailed(peer=peer, key=key, fault=fault):
                 self.download.failed(now, peer, key, fault)
             case RecordRead(peer=peer, record=record):
-                self.download.done(record_key(record.commit.round))
-                for liar in self.catch_up.records.take(peer, record):
-                    self.providers.liars.add(liar)
+                self.download.drop(record_key(record.commit.round))
+                self.providers.liars.update(filter(None, self.catch_up.records.take(peer, record)))
             case ManifestRead():
                 self._on_manifest(now, event, out)
             case SnapshotOpened(round=round, missing=missing):

@@ -10,7 +10,8 @@ The rules:
 * No more is asked for while too many chunks that came are not in their place yet: where the disk is slower than the
   network, memory does not fill up.
 * Who says that a chunk is gone is not asked for it again before it has said anew what it has. Who is late or cannot be
-  reached is left alone for a while. Who sends what does not fit is not asked any more.
+  reached is left alone for a while. Who sends what does not fit is not asked any more, unless nobody else is left: an
+  honest node whose state was damaged in memory may have written a snapshot of it.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ class Providers:
         if holdings is None or peer in self.liars or (peer, key) in self.gone:
             return False
         if key.kind in ("state", "manifest"):
-            return key.round in holdings.snapshots or key.round == holdings.round
-        return holdings.means_from <= key.round < holdings.round
+            return key.round in holdings.snapshots or (holdings.state and key.round == holdings.round)
+        if holdings.means_from <= key.round < holdings.round:
+            return True
+        return any(stretch.first <= key.round < stretch.end for stretch in holdings.above)
 
     def somebody_has(self, key: ChunkKey) -> bool:
         return any(self.has(peer, key) for peer in self.members)
@@ -169,13 +172,19 @@ class Download:
         self.wanted.discard(key)
         self.placing.discard(key)
 
+    def drop(self, key: ChunkKey) -> None:
+        """It was here all the time: nobody else is asked for it."""
+        self.wanted.discard(key)
+        if key in self.waiting:
+            self.waiting.remove(key)
+
     def failed(self, now: float, peer: str, key: ChunkKey, fault: FetchFault) -> None:
         """It did not come, or had come and was found to be wrong: ask another."""
         came = key in self.wanted and key not in self.under_way and key not in self.waiting
         self.placing.discard(key)
         if self._ended(peer, key) or came:
             self.providers.blame(now, peer, key, fault)
-            if key not in self.under_way:
+            if key not in self.under_way and key in self.wanted:
                 self.waiting.appendleft(key)
 
     def _ended(self, peer: str, key: ChunkKey) -> bool:

@@ -316,7 +316,7 @@ class LedgerAt(Struct, frozen=True, kw_only=True, tag="ledger_at"):
 
 
 class RecordRead(Struct, frozen=True, kw_only=True, tag="record_read"):
-    """The record that came from ``peer``. Nothing in it is verified but that it is one."""
+    """The record that came from ``peer``, or (empty) from our own disk. Nothing is verified but that it is one."""
 
     peer: str
     record: Record
@@ -667,6 +667,12 @@ class ReadRecord(Struct, frozen=True, kw_only=True, tag="read_record"):
     key: ChunkKey
 
 
+class FindRecord(Struct, frozen=True, kw_only=True, tag="find_record"):
+    """See whether the record of this round is on our own disk: ``RecordRead`` of nobody, or nothing."""
+
+    round: int
+
+
 class ReadManifest(Struct, frozen=True, kw_only=True, tag="read_manifest"):
     """Decode a fetched manifest, and keep it: ``ManifestRead``, or ``FetchFailed``."""
 
@@ -748,8 +754,8 @@ Effect: TypeAlias = (
     | CancelFetches | CancelFetch | AdoptMean | Settle | Reduce | Forget
     | RunSteps | StopSteps | Encode | Apply | Merge | GiveUp | TakeBack | Evaluate | StopEvaluation
     | Restore | Save
-    | ImportChunk | EndImport | StoreMeans | ReadRecord | ReadManifest | OpenRound | OpenSnapshot | StoreChunk
-    | StoreRecord | AdoptRound | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
+    | ImportChunk | EndImport | StoreMeans | ReadRecord | FindRecord | ReadManifest | OpenRound | OpenSnapshot
+    | StoreChunk | StoreRecord | AdoptRound | FinishSnapshot | LoadSnapshot | Advance | WriteSnapshot | Keep
     | Perform
 )  # fmt: skip
 """Everything that a machine can ask for."""

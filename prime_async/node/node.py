@@ -131,7 +131,7 @@ class Node(Participant):
         if self._copier is not None:
             keeper.on_snapshot = self._copier.wake
             nursery.start_soon(self._copier.run, name=f"copier of {self.id[:8]}")
-        self._store.read_ledger = keeper.provide
+        self._store.read_ledger, self._store.has_committed = keeper.provide, keeper.has_committed
         self._store.may_read = lambda peer: not self._allow.may_only_ask(peer)
         self._store.on_taken = lambda round: self._switchboard.post("training", ContributionTaken(round=round))
         training = TrainingActor(

@@ -18,6 +18,7 @@ from prime_async.machines.vocabulary import (
     Effect,
     Event,
     FetchFailed,
+    FindRecord,
     FinishSnapshot,
     Imported,
     Keep,
@@ -155,6 +156,8 @@ class SimLedger:
                 record = self.contents[node.held.pop(("checkpoint", peer, key)).digest]
                 assert isinstance(record, Record)
                 self.kernel.post(node, "checkpoint", RecordRead(peer=peer, record=record))
+            case FindRecord(round=round):
+                self._find_record(node, round)
             case ReadManifest(peer=peer, key=key):
                 self._read_manifest(node, peer, key)
             case OpenRound(record=record):
@@ -215,6 +218,11 @@ class SimLedger:
     def announce(self, node: SimNode) -> None:
         """Tell the machine what is on disk."""
         self.kernel.post(node, "checkpoint", node.disk.ledger)
+
+    def _find_record(self, node: SimNode, round: int) -> None:
+        means = node.disk.means.get(round)
+        if means is not None and means.commit is not None and not means.missing:
+            self.kernel.post(node, "checkpoint", RecordRead(peer="", record=self.record_of(means)))
 
     # --- rounds -------------------------------------------------------------------------------------------------
 

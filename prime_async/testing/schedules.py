@@ -233,17 +233,13 @@ class Chaos:
         return ""
 
     def _can_follow(self, commit: Commit) -> bool:
-        """Whether the state after this commit is somewhere, or can be made of what is there.
-
-        Who is behind itself gives nobody what it has; so what is damaged on one disk is not counted on elsewhere.
-        """
+        """Whether the state after this commit is somewhere, or can be made of what is there, on several disks maybe."""
         nodes = self.simulation.running
         states = {FIRST_STATE} | {n.state for n in nodes}
         states |= {(round, s.digest) for n in nodes for round, s in n.disk.snapshots.items()}
         here = {info.digest for n in nodes for key, info in n.chunks.items() if key.kind == "mean"}
         on_disk = [m for n in nodes for m in n.disk.means.values()]
-        here |= {digest for means in on_disk for digest in means.digests}
-        here -= {means.infos[chunk].digest for means in on_disk for chunk in means.damaged if chunk in means.infos}
+        here |= {info.digest for means in on_disk for chunk, info in means.infos.items() if chunk not in means.damaged}
         return any(self._leads_to(state, commit, here) for state in states)
 
     def _leads_to(self, state: tuple[int, bytes], commit: Commit, here: set[bytes]) -> bool:

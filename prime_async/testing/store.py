@@ -222,9 +222,10 @@ class Store:
             return
         if key.kind in ("state", "manifest"):
             self._answer(transfer, self.read_disk(server, key))
-        elif key.kind == "record" or (key.round < server.oldest[key.kind] and number_of(key) == SETTLED):
-            info = self.read_disk(server, key)
-            if info is None and key.round >= server.state[0] - 1:
+        elif key.kind == "record" or (number_of(key) == SETTLED and self._is_on_disk(server, key)):
+            info, means = self.read_disk(server, key), server.disk.means.get(key.round)
+            to_come = means is None or means.commit is None
+            if info is None and to_come and key.round >= server.state[0] - 1:
                 server.waiting.setdefault(key, []).append(transfer)
             else:
                 self._answer(transfer, info)
@@ -234,6 +235,11 @@ class Store:
             self._answer(transfer, None)
         else:
             server.waiting.setdefault(key, []).append(transfer)
+
+    def _is_on_disk(self, server: SimNode, key: ChunkKey) -> bool:
+        if key.round < server.oldest[key.kind]:
+            return True
+        return key.kind == "mean" and key not in server.chunks and self.read_disk(server, key) is not None
 
     def _answer(self, transfer: Transfer, info: ChunkInfo | None) -> None:
         if transfer.over:
