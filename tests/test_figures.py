@@ -10,6 +10,7 @@ from prime_async.machines.facts import (
     CatchUpStarted,
     CaughtUp,
     ContributionReady,
+    EvaluationStarted,
     Fact,
     HeldOutLoss,
     InnerStepDone,
@@ -99,6 +100,7 @@ def test_a_witness_serves_and_has_no_times_of_its_own() -> None:
         (finished(), "training"),
         (CatchUpStarted(round=0, run_round=5, snapshot=-1, providers=2), "catching up"),
         (CaughtUp(round=5, fetched_bytes=10, seconds=0.1), "waiting"),
+        (EvaluationStarted(round=5), "evaluating"),
     ],
 )
 def test_what_a_node_is_doing_is_a_word(fact: Fact, phase: str) -> None:

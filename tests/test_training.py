@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from prime_async.config.schema import MAX_ROUND_STEPS
-from prime_async.machines.facts import ContributionReady, HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
+from prime_async.machines.facts import (
+    ContributionReady,
+    EvaluationStarted,
+    HeldOutLoss,
+    NonFiniteProgress,
+    RoundFinished,
+    StateSaved,
+)
 from prime_async.machines.training import MAX_NON_FINITE, MAX_STEPS, Training, TrainingSettings
 from prime_async.machines.vocabulary import (
     Apply,
@@ -25,6 +32,7 @@ from prime_async.machines.vocabulary import (
     Leave,
     Progress,
     Rejected,
+    Report,
     Restore,
     Restored,
     RunSteps,
@@ -82,7 +90,7 @@ def test_a_loaded_state_is_told_to_the_other_machines() -> None:
 def test_a_node_trains_when_its_state_is_the_runs_and_it_is_active() -> None:
     node = training()
     assert give(node, seen(active=False), Begin(round=0)) == []
-    assert give(node, seen()) == [Evaluate(round=0)]
+    assert give(node, seen()) == [Report(fact=EvaluationStarted(round=0)), Evaluate(round=0)]
     effects = give(node, Evaluated(loss=5.0))
     assert facts(HeldOutLoss, effects) == [HeldOutLoss(round=0, loss=5.0)]
     assert of(RunSteps, effects) == [RunSteps(round=0, steps=10)]
@@ -312,7 +320,7 @@ def test_witnesses_do_not_count_as_members_that_train() -> None:
     node = training(min_members=2)
     crowd = [member("w", witness=True), member("n1")]
     assert give(node, ViewChanged(view=view(2, *crowd)), Begin(round=0)) == []
-    assert give(node, ViewChanged(view=view(3, *crowd, member("n2")))) == [Evaluate(round=0)]
+    assert of(Evaluate, give(node, ViewChanged(view=view(3, *crowd, member("n2")))))
 
 
 # --- NaN and infinity -----------------------------------------------------------------------------------------------
@@ -452,7 +460,7 @@ def test_told_to_halt_it_stops_an_evaluation_and_begins_it_again_when_it_goes_on
     give(node, seen(), Begin(round=0))
     assert give(node, Halt()) == [StopEvaluation()]
     assert told(give(node, EvaluationStopped()), "checkpoint") == [Halted()]
-    assert give(node, Begin(round=7)) == [Evaluate(round=7)]
+    assert of(Evaluate, give(node, Begin(round=7))) == [Evaluate(round=7)]
     assert of(RunSteps, give(node, Evaluated(loss=1.0))) == [RunSteps(round=7, steps=10)]
 
 

@@ -23,6 +23,12 @@ class InnerStepDone(Struct, frozen=True, kw_only=True, tag="inner_step_done"):
     seconds: float
 
 
+class EvaluationStarted(Struct, frozen=True, kw_only=True, tag="evaluation_started"):
+    """This node measures the held-out loss after ``round`` rounds, for which it does no inner steps."""
+
+    round: int
+
+
 class HeldOutLoss(Struct, frozen=True, kw_only=True, tag="held_out_loss"):
     """The outer weights after ``round`` rounds on text that no node trains on, nats per token."""
 
@@ -428,7 +434,8 @@ class PeerDropped(Struct, frozen=True, kw_only=True, tag="peer_dropped"):
 
 
 Fact: TypeAlias = (
-    InnerStepDone | HeldOutLoss | Founded | Joined | StillAsking | KeyDenied | MemberJoined | MemberLost | MemberLeft
+    InnerStepDone | EvaluationStarted | HeldOutLoss | Founded | Joined | StillAsking | KeyDenied
+    | MemberJoined | MemberLost | MemberLeft
     | KeyLetIn | HelloRefused | ViewAdopted | MembersSeen | LeaderSilent | LeaderElected | SteppedDown | CutOff
     | StateNowhere | SlowWake | StateDiverged | WaitingForMembers
     | ContributionReady | RoundPlanned | OwnersLost | ChunksReassigned | ChunksRedone | RoundTakenOver

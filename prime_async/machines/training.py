@@ -46,7 +46,14 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from prime_async.machines.account import Account
-from prime_async.machines.facts import ContributionReady, HeldOutLoss, NonFiniteProgress, RoundFinished, StateSaved
+from prime_async.machines.facts import (
+    ContributionReady,
+    EvaluationStarted,
+    HeldOutLoss,
+    NonFiniteProgress,
+    RoundFinished,
+    StateSaved,
+)
 from prime_async.machines.units import to_ms
 from prime_async.machines.vocabulary import (
     Applied,
@@ -385,7 +392,7 @@ class Training:
 
     def _evaluate(self, out: list[Effect]) -> None:
         self.phase, self.stopping, self.evaluated_round = "evaluating", False, self.round
-        out.append(Evaluate(round=self.round))
+        out += [Report(fact=EvaluationStarted(round=self.round)), Evaluate(round=self.round)]
 
     def _stop_evaluation(self, out: list[Effect]) -> None:
         if self.phase == "evaluating" and not self.stopping:

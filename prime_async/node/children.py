@@ -96,7 +96,7 @@ STATES = {
     "waiting_for_members": "waiting",
     "round_planned": "exchanging",
     "round_finished": "training",
-    "held_out_loss": "evaluating",
+    "evaluation_started": "evaluating",
     "state_saved": "leaving",
 }
 

@@ -265,7 +265,7 @@ function drawEvents() {
   known.forEach((item) => item.remove());
 }
 
-const GOING = ["training", "exchanging", "serving"];
+const GOING = ["training", "evaluating", "exchanging", "serving"];
 
 function pill(member) {
   const silent = !member.gone && member.silent_s > 3 * run.about.heartbeat_s;
