@@ -87,6 +87,7 @@ def join(
     }
     config = _config(spec, {**node, **_free_ports("0.0.0.0")}, invitation.members)
     _require_a_ready_machine(config)
+    say("Measuring an inner step ...")
     say(prospect(config))
     if not yes and input("Join and train? [Y/n] ").strip().lower() not in ("", "y", "yes"):
         say("Nothing was written but the key.")
