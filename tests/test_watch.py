@@ -310,8 +310,10 @@ def refuses() -> Sink:
 
 @pytest.mark.parametrize("opens", [Broken, refuses])
 async def test_a_sink_that_fails_is_logged_and_let_go(opens: Callable[[], Sink]) -> None:
-    with capture_logs() as said:
-        await feed(Feeder("broken", opens))
+    feeder = Feeder("broken", opens)
+    feeder.add(FIGURES[0])
+    with capture_logs() as said, trio.fail_after(PATIENCE_S):
+        await feeder.run()  # it ends by itself
     assert [line["event"] for line in said] == ["sink_failed"]
 
 
