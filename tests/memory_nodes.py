@@ -80,9 +80,10 @@ class Walker(BufferWorkload):
 
 @dataclass
 class Place:
-    """A network, and where its nodes keep things."""
+    """A network, and where its nodes keep things. ``settings``: under ``[node]``, of all of them."""
 
     directory: Path
+    settings: dict[str, Any] = field(default_factory=dict)
     network: MemoryNetwork = field(default_factory=lambda: MemoryNetwork(seed=1, latency_s=(0.0005, 0.002)))
 
     def id(self, name: int) -> str:
@@ -103,6 +104,7 @@ class Place:
             "directory": str(self.directory / f"n{name}"),
             "join": [] if name == 0 else [f"{self.id(0)}@127.0.0.1:1"],
             "record": str(self.directory / f"n{name}.log"),
+            **self.settings,
         }
         return config_from({"run": values, "node": node})
 

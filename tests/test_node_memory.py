@@ -473,10 +473,12 @@ async def test_a_node_with_a_later_state_than_the_leader_keeps_it(place: Place) 
 async def test_a_state_that_is_half_replaced_is_not_saved(place: Place) -> None:
     """Defect: a node that was stopped while it fetched the state left a file that it refused to start with.
 
-    It is a snapshot that it fetches, for that is fewer bytes than the means: once there is one, late enough. On a busy
-    machine the rounds of two seconds are so few that there was none.
+    It is a snapshot that it fetches, for that is fewer bytes than the means: once there is one, late enough, and as
+    long as it is kept. On a busy machine the rounds of two seconds are so few that there was none, and a snapshot of
+    which two were kept was gone before it had been fetched.
     """
     short: dict[str, Any] = {"failure_timeout_s": 1.5}
+    place.settings["keep_snapshots"] = 256
     walker = Walker()
     with trio.fail_after(LIMIT_S):
         async with place.node(0, **short) as first:
