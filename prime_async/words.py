@@ -80,7 +80,7 @@ EVENTS: Final[Mapping[type[Struct], str]] = {
     v.SnapshotStored: "snapshot {round} is on disk",
     v.FetchFile: "get the file {digest}",
     v.LeaveFile: "the file {digest} is not wanted any more",
-    v.LedgerFailed: "the disk failed for round {round}[, {damaged}where bytes are damaged]: {text}",
+    v.LedgerFailed: "the disk failed in {of} of round {round}[, {damaged}where bytes are damaged]: {text}",
 }
 
 EFFECTS: Final[Mapping[type[Struct], str]] = {

@@ -219,7 +219,9 @@ def test_a_disk_that_fails_ends_the_file_and_no_other() -> None:
     machine, fetches = opened(4, "n1")
     machine.handle(0.0, FetchFile(digest=OTHER))
 
-    effects = machine.handle(0.0, LedgerFailed(round=NUMBER, damaged=False, text="no space left on device"))
+    effects = machine.handle(
+        0.0, LedgerFailed(of="store_chunk", round=NUMBER, damaged=False, text="no space left on device")
+    )
 
     assert facts(LedgerTrouble, effects) == [LedgerTrouble(round=0, damaged=False, text="no space left on device")]
     assert len(of(CancelFetch, effects)) == len(fetches)

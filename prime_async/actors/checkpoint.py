@@ -18,6 +18,7 @@ from prime_async.machines.vocabulary import (
     CancelFetches,
     ChunkImported,
     ChunkStored,
+    DiskWork,
     Effect,
     EndImport,
     Event,
@@ -107,33 +108,35 @@ class CheckpointActor:
             case OpenRound(record=record):
                 self._keeper.fetch_round(record.commit.round)
                 self._records[record.commit.round] = record
-                start(self._in_turn, record.commit.round, self._open_round, record)
+                start(self._in_turn, "open_round", record.commit.round, self._open_round, record)
             case StoreRecord(record=record):
-                start(self._in_turn, record.commit.round, self._store_record, record)
+                start(self._in_turn, "store_record", record.commit.round, self._store_record, record)
             case AdoptRound(commit=commit):
-                start(self._in_turn, commit.round, self._adopt_round, effect)
+                start(self._in_turn, "adopt_round", commit.round, self._adopt_round, effect)
             case OpenSnapshot(round=round):
-                start(self._in_turn, round, self._open_snapshot, self._manifest)
+                start(self._in_turn, "open_snapshot", round, self._open_snapshot, self._manifest)
             case FinishSnapshot(round=round):
-                start(self._in_turn, round, self._finish_snapshot, round)
+                start(self._in_turn, "finish_snapshot", round, self._finish_snapshot, round)
             case LoadSnapshot(round=round):
                 self._keeper.served_round = None
-                start(self._in_turn, round, self._load_snapshot, round)
+                start(self._in_turn, "load_snapshot", round, self._load_snapshot, round)
             case Advance(round=round):
                 self._keeper.served_round = None
-                start(self._in_turn, round, self._advance, round)
+                start(self._in_turn, "advance", round, self._advance, round)
             case Keep(means_from=means_from):
-                start(self._in_turn, means_from, self._keep, effect)
+                start(self._in_turn, "keep", means_from, self._keep, effect)
             case _:
                 raise TypeError(f"checkpoint does not perform {type(effect).__name__}")
 
-    async def _in_turn(self, round: int, function: Callable[..., Awaitable[None]], argument: object) -> None:
+    async def _in_turn(
+        self, of: DiskWork, round: int, function: Callable[..., Awaitable[None]], argument: object
+    ) -> None:
         """What goes wrong on disk is told to the machine, and ends nothing else."""
         try:
             async with self._keeper.writing() as ledger:
                 await function(ledger, argument)
         except StorageError as error:
-            self._keeper.failed(round, error)
+            self._keeper.failed(of, round, error)
 
     # --- what came ----------------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class CheckpointActor:
         except ProtocolError:
             self._post(FetchFailed(peer=effect.peer, key=effect.key, fault="invalid"))
         except StorageError as error:
-            self._keeper.failed(effect.key.round, error)
+            self._keeper.failed("store_chunk", effect.key.round, error)
         else:
             self._post(ChunkStored(key=effect.key))
 
@@ -246,7 +249,7 @@ class CheckpointActor:
         job = self._keeper.begin_snapshot(round)
         if job is None:
             text = "the outer state had gone on before a snapshot of it was begun; the next one will be written"
-            self._post(LedgerFailed(round=round, damaged=False, text=text))
+            self._post(LedgerFailed(of="write_snapshot", round=round, damaged=False, text=text))
         else:
             self._nursery.start_soon(self._write, job)
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from prime_async.actors.tensors import Tensors
 from prime_async.errors import ChunkUnavailableError, StorageError
 from prime_async.ledger import DamagedError, Ledger, SnapshotJob
-from prime_async.machines.vocabulary import Event, LedgerFailed, Settle, StoreMeans
+from prime_async.machines.vocabulary import DiskWork, Event, LedgerFailed, Settle, StoreMeans
 from prime_async.messages import ChunkInfo, ChunkKey, Commit, Manifest, encode
 from prime_async.transport.base import Chunk
 
@@ -77,11 +77,11 @@ class LedgerKeeper:
             async with self._writing:
                 yield self.ledger
 
-    def failed(self, round: int, error: StorageError) -> None:
-        """Tell the machine that something of ``round`` could not be written, or was damaged when it was read."""
+    def failed(self, of: DiskWork, round: int, error: StorageError) -> None:
+        """Tell the machine that ``of`` could not be done for ``round``, or that what it read was damaged."""
         damaged = isinstance(error, DamagedError)
         self._broken = self._broken or not damaged
-        self.post(LedgerFailed(round=round, damaged=damaged, text=str(error)[:1024]))
+        self.post(LedgerFailed(of=of, round=round, damaged=damaged, text=str(error)[:1024]))
 
     # --- the means of the round that is exchanged ---------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class LedgerKeeper:
         async with self.writing():
             if effect.round in self._fetched:
                 return None
-            safe = await self._try(effect.round, self._close, effect.round, means)
+            safe = await self._try("store_means", effect.round, self._close, effect.round, means)
         self.announce()
         return safe
 
@@ -117,9 +117,9 @@ class LedgerKeeper:
         async with self.writing() as ledger:
             if settle.round in self._fetched:
                 return
-            if await self._try(settle.round, self._close, settle.round, means):
+            if await self._try("settle", settle.round, self._close, settle.round, means):
                 commit = partial(ledger.commit_means, settle.round, settle.commit, settle.previous)
-                await self._try(settle.round, commit)
+                await self._try("settle", settle.round, commit)
             self._put = {k: d for k, d in self._put.items() if k[0] > settle.round}
         self.announce()
 
@@ -134,12 +134,12 @@ class LedgerKeeper:
                 self._put[round, chunk] = mean.info.digest
         self.ledger.close_means(round, infos)
 
-    async def _try(self, round: int, function: Callable[..., None], *args: object) -> bool:
+    async def _try(self, of: DiskWork, round: int, function: Callable[..., None], *args: object) -> bool:
         """Whether it could be done. If not that is told, and training goes on."""
         try:
             await self.tensors.run(function, *args)
         except StorageError as error:
-            self.failed(round, error)
+            self.failed(of, round, error)
             return False
         self._broken = False
         return True
@@ -182,7 +182,7 @@ class LedgerKeeper:
                 async with self._writing:
                     await self.tensors.run(job.finish)
         except StorageError as error:
-            self.failed(job.info.round, error)
+            self.failed("write_snapshot", job.info.round, error)
             return False
         finally:
             self._job = None
@@ -214,7 +214,7 @@ class LedgerKeeper:
             return
         tensors = self.tensors.workload.inner_state()
         if tensors:
-            await self._try(round, self.ledger.inner.save, round, state_digest, tensors)
+            await self._try("save_inner", round, self.ledger.inner.save, round, state_digest, tensors)
 
     # --- for peers ----------------------------------------------------------------------------------------------
 

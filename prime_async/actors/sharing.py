@@ -17,6 +17,7 @@ from prime_async.machines.vocabulary import (
     CancelFetch,
     CancelFetches,
     ChunkStored,
+    DiskWork,
     Effect,
     Event,
     Fetch,
@@ -206,30 +207,30 @@ class SharingActor:
             case ReadManifest(peer=peer, key=key):
                 self._read_manifest(peer, key, self._fetcher.take(peer, key))
             case OpenSnapshot(round=number):
-                self._start(number, self._begin)
+                self._start("open_snapshot", number, self._begin)
             case StoreChunk(peer=peer, key=key):
                 chunk = self._fetcher.take(peer, key)
-                self._start(key.round, lambda job: self._write(job, peer, key, chunk))
+                self._start("store_chunk", key.round, lambda job: self._write(job, peer, key, chunk))
             case FinishSnapshot(round=number):
-                self._start(number, self._finish)
+                self._start("finish_snapshot", number, self._finish)
             case _:
                 raise TypeError(f"sharing does not perform {type(effect).__name__}")
 
-    def _start(self, number: int, function: Callable[[_Job], Event | None]) -> None:
+    def _start(self, of: DiskWork, number: int, function: Callable[[_Job], Event | None]) -> None:
         """``function`` in a thread; the machine is told what it gives. If the disk fails the fetch does."""
         job = self._jobs.get(number)
         if job is not None:
             job.under_way += 1
-            self._nursery.start_soon(self._run, number, job, function)
+            self._nursery.start_soon(self._run, of, number, job, function)
 
-    async def _run(self, number: int, job: _Job, function: Callable[[_Job], Event | None]) -> None:
+    async def _run(self, of: DiskWork, number: int, job: _Job, function: Callable[[_Job], Event | None]) -> None:
         event: Event | None = None
         try:
             with trio.CancelScope(shield=True):
                 event = await trio.to_thread.run_sync(function, job, limiter=self._limiter)
         except StorageError as error:
             job.failure = job.failure or error
-            event = LedgerFailed(round=number, damaged=False, text=str(error)[:1024])
+            event = LedgerFailed(of=of, round=number, damaged=False, text=str(error)[:1024])
         finally:
             job.under_way -= 1
             if not job.under_way:

@@ -210,7 +210,7 @@ class CatchUp:
         self.stored.add(round)
 
     def on_round_damaged(self, round: int) -> None:
-        """Look at it again, and fetch what is bad."""
+        """Look at it again, and fetch what is bad. All its chunks had come."""
         self.rounds.pop(round, None)
         self.stored.discard(round)
 

@@ -455,9 +455,13 @@ class Checkpoint:
 
     @property
     def _snapshots(self) -> list[int]:
-        """Of the rounds of the run's history; of the last only if it is known what it must be."""
+        """Of the rounds of the run's history; of the last only if it is known what it must be.
+
+        Not of the one that is being written here: it may be of another history, and would take that one's place.
+        """
         goal, first = self._goal, 0 if self.settings.initial else 1
-        return [s for s in self.providers.snapshots if first <= s < goal or (s == goal > 0 and self._is_known(s))]
+        known = [s for s in self.providers.snapshots if first <= s < goal or (s == goal > 0 and self._is_known(s))]
+        return [s for s in known if s != self.writing]
 
     @property
     def _lacks_the_initial(self) -> bool:
@@ -628,23 +632,39 @@ class Checkpoint:
     # --- the disk -----------------------------------------------------------------------------------------------
 
     def _on_ledger_failed(self, now: float, failed: LedgerFailed, out: list[Effect]) -> None:
+        """Only what failed is begun anew: of the same round other things may be under way, and go well."""
         out.append(Report(fact=LedgerTrouble(round=failed.round, damaged=failed.damaged, text=failed.text)))
-        if failed.round == self.writing:
-            self.writing = -1
-            return
-        if failed.round == self.adopting:
-            means = tuple(r for r in self.disk.means if r != failed.round)
+        match failed.of:
+            case "store_means" | "settle" | "save_inner" | "keep":
+                return  # nothing here waits for it
+            case "write_snapshot":
+                self.writing = -1 if failed.round == self.writing else self.writing
+                return
+            case "adopt_round":
+                self._on_not_adopted(failed.round)
+                return
+            case "open_snapshot" | "finish_snapshot" | "load_snapshot":
+                self.catch_up.on_snapshot_damaged(failed.round)
+            case "open_round" | "store_record" | "advance":
+                self.catch_up.on_round_damaged(failed.round)
+            case "store_chunk":
+                pass  # it is among all that is given up
+        if failed.of in ("load_snapshot", "advance"):
+            self.busy = ""
+        if not failed.damaged or failed.of == "store_chunk":
+            self._pause(now, out)
+
+    def _on_not_adopted(self, round: int) -> None:
+        if round == self.adopting:
+            means = tuple(r for r in self.disk.means if r != round)
             self.adopting, self.disk = -1, replace(self.disk, pending=-1, means=means)
-            return
-        what, self.busy = self.busy, "" if self.busy in ("loading", "advancing") else self.busy
-        if what == "loading":
-            self.catch_up.on_snapshot_damaged(failed.round)
-        else:
-            self.catch_up.on_round_damaged(failed.round)
-        if not failed.damaged:
+
+    def _pause(self, now: float, out: list[Effect]) -> None:
+        """Try again later to get what is missing onto the disk. Chunks that are put right in memory go on coming."""
+        if self.repair is None:
             self.catch_up.give_up(out)
-            self.base = None if not self.torn else self.base
-            self.paused_until = now + 5 * self.settings.ask_again_s
+        self.base = None if not self.torn else self.base
+        self.paused_until = now + 5 * self.settings.ask_again_s
 
     def _write_if_due(self, out: list[Effect]) -> None:
         if self.own is None or self.writing >= 0 or self.phase != "settled":

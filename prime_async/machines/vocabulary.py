@@ -367,12 +367,21 @@ class SnapshotStored(Struct, frozen=True, kw_only=True, tag="snapshot_stored"):
     round: int
 
 
+DiskWork: TypeAlias = Literal[
+    "store_means", "settle", "save_inner", "write_snapshot", "keep",
+    "open_round", "store_chunk", "store_record", "adopt_round", "open_snapshot", "finish_snapshot",
+    "load_snapshot", "advance",
+]  # fmt: skip
+"""What is done on disk, mostly by the name of the effect that asks for it: several of one round may be under way."""
+
+
 class LedgerFailed(Struct, frozen=True, kw_only=True, tag="ledger_failed"):
     """What was to be done on disk for this round was not. ``damaged``: bytes there are not what they were.
 
     Else it is the disk that is full, or does not work.
     """
 
+    of: DiskWork
     round: int
     damaged: bool
     text: str

@@ -15,6 +15,7 @@ from prime_async.machines.vocabulary import (
     AdoptRound,
     Advance,
     ChunkStored,
+    DiskWork,
     Effect,
     Event,
     FetchFailed,
@@ -148,10 +149,9 @@ class SimLedger:
     def perform(self, node: SimNode, effect: Effect) -> None:
         match effect:
             case StoreMeans():
-                self._write(node, self._store_means, effect)
+                self._write(node, "store_means", self._store_means, effect)
             case WriteSnapshot(round=round):
-                if node.state[0] == round and node.serves_state:
-                    self._write(node, self._snapshot, round, Snapshot(node.state[1], node.tip))
+                self._write_snapshot(node, round)
             case ReadRecord(peer=peer, key=key):
                 record = self.contents[node.held.pop(("checkpoint", peer, key)).digest]
                 assert isinstance(record, Record)
@@ -161,17 +161,18 @@ class SimLedger:
             case ReadManifest(peer=peer, key=key):
                 self._read_manifest(node, peer, key)
             case OpenRound(record=record):
-                self._write(node, self._open_round, record)
+                self._write(node, "open_round", self._open_round, record)
             case OpenSnapshot(round=round):
-                self._write(node, self._open_snapshot, round, node.manifest)
+                self._write(node, "open_snapshot", self._open_snapshot, round, node.manifest)
             case StoreChunk(peer=peer, key=key):
-                self._write(node, self._store_chunk, peer, key, node.held.pop(("checkpoint", peer, key)))
+                info = node.held.pop(("checkpoint", peer, key))
+                self._write(node, "store_chunk", self._store_chunk, peer, key, info)
             case StoreRecord(record=record):
-                self._write(node, self._close_round, record.commit, record.previous)
+                self._write(node, "store_record", self._close_round, record.commit, record.previous)
             case AdoptRound(commit=commit, previous=previous):
-                self._write(node, self._close_round, commit, previous)
+                self._write(node, "adopt_round", self._adopt_round, commit, previous)
             case FinishSnapshot(round=round):
-                self._write(node, self._finish_snapshot, round)
+                self._write(node, "finish_snapshot", self._finish_snapshot, round)
             case LoadSnapshot(round=round):
                 node.serves_state = False
                 self.kernel.later(APPLY_S, self.kernel.on, node, self._load, node, round)
@@ -179,34 +180,34 @@ class SimLedger:
                 node.serves_state = False
                 self.kernel.later(APPLY_S, self.kernel.on, node, self._advance, node, round)
             case Keep():
-                self._write(node, self._keep, effect)
+                self._write(node, "keep", self._keep, effect)
             case _:
                 raise TypeError(f"nothing performs {effect!r}")
 
     def settle(self, node: SimNode, effect: Settle) -> None:
         """The committed means are those that are held as settled now."""
         infos = {c: node.chunks[mean_key(effect.round, c, SETTLED)] for c in self.settings.chunks(effect.round)}
-        self._write(node, self._commit, effect, infos)
+        self._write(node, "settle", self._commit, effect, infos)
 
-    def _write(self, node: SimNode, function: Callable[..., None], *args: object) -> None:
+    def _write(self, node: SimNode, of: DiskWork, function: Callable[..., None], *args: object) -> None:
         """Writes are done one after the other. A chunk takes its share of what all chunks of a round take."""
         disk, took_s = node.disk, self.kernel.random.uniform(*self.settings.disk_s)
-        if function == self._store_chunk:
+        if of == "store_chunk":
             took_s /= self.settings.chunk_count
         disk.ledger_free_at = max(self.kernel.now, disk.ledger_free_at) + took_s
-        self.kernel.later(disk.ledger_free_at - self.kernel.now, self._safe, node, function, args)
+        self.kernel.later(disk.ledger_free_at - self.kernel.now, self._safe, node, of, function, args)
 
-    def _safe(self, node: SimNode, function: Callable[..., None], args: tuple[object, ...]) -> None:
+    def _safe(self, node: SimNode, of: DiskWork, function: Callable[..., None], args: tuple[object, ...]) -> None:
         """It is on disk, whether the node is run or not; if it is, it hears of it. Or there is no room for it."""
-        if node.alive and node.disk.full and function != self._keep:
-            self._fail_full(node, args)
+        if node.alive and node.disk.full and of != "keep":
+            self._fail_full(node, of, args)
         elif node.alive:
             function(node, *args)
 
-    def _fail_full(self, node: SimNode, args: tuple[object, ...]) -> None:
+    def _fail_full(self, node: SimNode, of: DiskWork, args: tuple[object, ...]) -> None:
         rounds = (_round_of(arg) for arg in args)
         round = next(r for r in rounds if r is not None)
-        self._post(node, "checkpoint", LedgerFailed(round=round, damaged=False, text="no space left"))
+        self._post(node, "checkpoint", LedgerFailed(of=of, round=round, damaged=False, text="no space left"))
         for effect in args:
             if isinstance(effect, StoreMeans):
                 number = {"epoch": effect.epoch, "attempt": effect.attempt}
@@ -261,11 +262,14 @@ class SimLedger:
         means.missing = set(missing)
         self._post(node, "checkpoint", RoundOpened(round=round, missing=missing))
 
-    def _close_round(self, node: SimNode, commit: Commit, previous: bytes) -> None:
+    def _adopt_round(self, node: SimNode, commit: Commit, previous: bytes) -> None:
+        self._close_round(node, commit, previous, of="adopt_round")
+
+    def _close_round(self, node: SimNode, commit: Commit, previous: bytes, of: DiskWork = "store_record") -> None:
         means = node.disk.means[commit.round]
         if means.damaged:
             means.found = True
-            self._fail(node, commit.round)
+            self._fail(node, of, commit.round)
             return
         if means.missing or blake3(b"".join(means.digests)).digest() != commit.digest:
             raise BrokenModelError(f"{node.id} closes round {commit.round} without its means")
@@ -278,8 +282,8 @@ class SimLedger:
         """Whether a chunk that came is the one that was asked for: everybody looks."""
         return info.digest == expected
 
-    def _fail(self, node: SimNode, round: int) -> None:
-        self._post(node, "checkpoint", LedgerFailed(round=round, damaged=True, text="it is not what it was"))
+    def _fail(self, node: SimNode, of: DiskWork, round: int) -> None:
+        self._post(node, "checkpoint", LedgerFailed(of=of, round=round, damaged=True, text="it is not what it was"))
 
     def _store_chunk(self, node: SimNode, peer: str, key: ChunkKey, info: ChunkInfo) -> None:
         if key.kind == "mean":
@@ -300,6 +304,14 @@ class SimLedger:
         self._post(node, "checkpoint", ChunkStored(key=key))
 
     # --- snapshots ----------------------------------------------------------------------------------------------
+
+    def _write_snapshot(self, node: SimNode, round: int) -> None:
+        """Of the outer state as it is now, if that is the one that was meant."""
+        if node.state[0] == round and node.serves_state:
+            self._write(node, "write_snapshot", self._snapshot, round, Snapshot(node.state[1], node.tip))
+        else:
+            failed = LedgerFailed(of="write_snapshot", round=round, damaged=False, text="the outer state had gone on")
+            self.kernel.post(node, "checkpoint", failed)
 
     def _snapshot(self, node: SimNode, round: int, snapshot: Snapshot) -> None:
         node.disk.snapshots[round] = snapshot
@@ -337,7 +349,7 @@ class SimLedger:
         if node.disk.damaged.get(round):
             node.serves_state = True
             demote(node.disk, round)
-            self._fail(node, round)
+            self._fail(node, "load_snapshot", round)
             self.announce(node)
             return
         snapshot = node.disk.snapshots[round]
@@ -350,7 +362,7 @@ class SimLedger:
             raise BrokenModelError(f"{node.id}, at {node.state[0]}, advances from round {round}")
         if means.damaged:
             means.found = node.serves_state = True
-            self._fail(node, round)
+            self._fail(node, "advance", round)
             return
         node.state, node.tip, node.serves_state = applied(node.state, means), means.commit, True
         node.applied[round] = digest_of(*means.digests)
