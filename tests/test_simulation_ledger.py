@@ -328,6 +328,31 @@ def test_nodes_that_were_all_stopped_have_together_what_none_of_them_has_alone(
     agree(chaos)
 
 
+@pytest.mark.parametrize("later", [1, 3])
+def test_the_snapshot_of_one_and_the_means_of_others_lead_together_to_the_runs_state(later: int) -> None:
+    """Given that the leader's state went wrong, so that the means on disk lead to another than the run's, and that one
+    who left has a snapshot, but not the last means, when all start again, then the run goes on.
+
+    Defect: all were behind; who had the snapshot gave it to nobody, and the others gave nobody the means.
+    """
+    chaos = steady(2, settings=ALL_MEANS)
+    chaos.simulation.corrupt("n0")
+    agree(chaos)
+    chaos.join()
+    reach(chaos, newest_round(chaos) + 1, 60)
+    chaos.leave("n2", at_once=False)
+    chaos.simulation.run_until(lambda: not chaos.simulation.nodes["n2"].running, 60)
+    names = ("n0", "n1")
+    reach(chaos, newest_round(chaos) + later, 60)
+    for name in names:
+        chaos.crash(name)
+    for name in (*names, "n2"):
+        chaos.restart(name)
+    assert not chaos.why_stuck()
+    assert len({n.state[1] for n in chaos.simulation.running}) == 2
+    agree(chaos)
+
+
 # --- liars ----------------------------------------------------------------------------------------------------------
 
 
