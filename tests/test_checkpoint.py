@@ -12,7 +12,7 @@ from blake3 import blake3
 from msgspec.structs import replace
 
 from prime_async.machines.catchup import ROUNDS_AT_ONCE, state_key
-from prime_async.machines.checkpoint import FORGIVEN_AFTER, Checkpoint, CheckpointSettings
+from prime_async.machines.checkpoint import FORGIVEN_AFTER, WRITE_AGAIN_S, Checkpoint, CheckpointSettings
 from prime_async.machines.facts import (
     CatchingUp,
     CatchUpStarted,
@@ -69,6 +69,7 @@ from prime_async.machines.vocabulary import (
     Tell,
     Tick,
     ViewChanged,
+    WakeAt,
     WriteSnapshot,
 )
 from prime_async.messages import (
@@ -787,6 +788,36 @@ def writing(round: int) -> Rig:
     rig.give(at(round))
     assert [e.round for e in of(WriteSnapshot, rig.done)] == [round]
     return rig
+
+
+def test_a_snapshot_that_failed_is_tried_again_though_no_round_ends() -> None:
+    """Defect: once there was room again, the run waited for a node that waited for this snapshot."""
+    rig = settled(9)
+    rig.on_effect = lambda e: fails("write_snapshot", e.round) if isinstance(e, WriteSnapshot) else None
+    rig.goes_on(10)
+    rig.give(at(10))
+    assert WakeAt(at=WRITE_AGAIN_S) in rig.done
+    rig.wait(WRITE_AGAIN_S - 1)
+    assert len(of(WriteSnapshot, rig.done)) == 1, "not at once"
+    assert of(WakeAt, rig.done)[-1].at == WRITE_AGAIN_S, "the clock is set anew"
+    rig.on_effect = lambda _: None
+    rig.wait(1)
+    assert [f.round for f in facts(SnapshotWritten, rig.done)] == [10]
+    rig.wait(WRITE_AGAIN_S)
+    assert len(of(WriteSnapshot, rig.done)) == 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_snapshot_is_written_when_the_means_of_the_last_round_could_not_be(late: bool) -> None:
+    """Defect: they counted as on their way to the disk. ``late``: that is known after the step."""
+    rig = settled(12, disk=LedgerAt(snapshots=(10,), means=(10, 11)))
+    rig.on_effect = unanswered(WriteSnapshot)
+    rig.goes_on(13)
+    events: list[Event] = [at(13), fails("settle", 12)] if late else [fails("settle", 12), at(13)]
+    rig.give(*events, LedgerAt(snapshots=(10,), means=(10, 11)))
+    assert [e.round for e in of(WriteSnapshot, rig.done)] == [13]
+    rig.give(Heard(peer="n2", message=AskLedger()))
+    assert sent(rig.done[-1:], Holdings) == [("n2", Holdings(round=13, means_from=13, snapshots=(10,)))]
 
 
 def test_chunks_that_could_not_be_stored_while_a_snapshot_of_their_round_is_written_are_fetched_again() -> None:

@@ -93,6 +93,8 @@ NOWHERE_AFTER = 10
 
 TELL_EVERY_S = 10.0
 """How often a node that catches up says how far it is."""
+WRITE_AGAIN_S = 30.0
+"""So long after a snapshot could not be written it is tried again: no round may end before there is one."""
 
 
 class CheckpointSettings(Struct, frozen=True, kw_only=True):
@@ -152,8 +154,9 @@ class Checkpoint:
     repair: Repair | None = None
     adopting: int = -1  # the round whose pending means are taken for committed
     writing: int = -1  # the round of the snapshot that is being written
+    write_again_at: float | None = None  # since one could not be
     coming: int = -1  # the round whose means, applied by training, may be on their way to the disk
-    seen: int = -1  # the newest round whose means, which led to our state, have been on disk
+    seen: int = -1  # the newest round whose means, which led to our state, have been on disk, or could not be put there
     floor: int = 0  # what is on disk of earlier rounds does not lead to our state
     started_at: float = 0.0
     said_at: float = 0.0  # how far the catching up is
@@ -211,11 +214,12 @@ class Checkpoint:
             case _:
                 self._on_outcome(now, event, out)
         self._go_on(now, out)
+        self._write_again(now, out)
         return out
 
     def _on_own(self, at: StateAt, out: list[Effect]) -> None:
         """Training has a new outer state, or begins with the one that was on disk."""
-        self.coming = at.round - 1 if self.own is not None else -1
+        self.coming = at.round - 1 if self.own is not None and self.seen < at.round - 1 else -1
         self.own = self.told = at
         self.wrong = False
         self._see()
@@ -324,7 +328,9 @@ class Checkpoint:
             self._ask(now, out)
             self._work(now, out)
             self._say_how_far(now, out)
-        at = max(self.paused_until, (self.asked_at or now) + self.settings.ask_again_s)
+        self._wake(max(self.paused_until, (self.asked_at or now) + self.settings.ask_again_s), out)
+
+    def _wake(self, at: float, out: list[Effect]) -> None:
         if self.wake_at is None or self.wake_at > at:
             self.wake_at = at
             out.append(WakeAt(at=at))
@@ -635,10 +641,13 @@ class Checkpoint:
         """Only what failed is begun anew: of the same round other things may be under way, and go well."""
         out.append(Report(fact=LedgerTrouble(round=failed.round, damaged=failed.damaged, text=failed.text)))
         match failed.of:
-            case "store_means" | "settle" | "save_inner" | "keep":
+            case "store_means" | "save_inner" | "keep":
                 return  # nothing here waits for it
+            case "settle":
+                self._on_means_lost(failed.round)
+                return
             case "write_snapshot":
-                self.writing = -1 if failed.round == self.writing else self.writing
+                self._on_not_written(now, failed.round)
                 return
             case "adopt_round":
                 self._on_not_adopted(failed.round)
@@ -653,6 +662,24 @@ class Checkpoint:
             self.busy = ""
         if not failed.damaged or failed.of == "store_chunk":
             self._pause(now, out)
+
+    def _on_means_lost(self, round: int) -> None:
+        """They are not on their way to the disk any more: what is there does not lead to the state that they make."""
+        self.seen = max(self.seen, round)
+        self.coming = self.coming if self.coming > self.seen else -1
+
+    def _on_not_written(self, now: float, round: int) -> None:
+        if round == self.writing:
+            self.writing, self.write_again_at = -1, now + WRITE_AGAIN_S
+
+    def _write_again(self, now: float, out: list[Effect]) -> None:
+        if self.write_again_at is None:
+            return
+        if now < self.write_again_at:
+            self._wake(self.write_again_at, out)
+        else:
+            self.write_again_at = None
+            self._write_if_due(out)
 
     def _on_not_adopted(self, round: int) -> None:
         if round == self.adopting:
