@@ -83,8 +83,8 @@ class Place:
     """A network, and where its nodes keep things. ``settings``: under ``[node]``, of all of them."""
 
     directory: Path
-    settings: dict[str, Any] = field(default_factory=dict)
     network: MemoryNetwork = field(default_factory=lambda: MemoryNetwork(seed=1, latency_s=(0.0005, 0.002)))
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def id(self, name: int) -> str:
         return f"{name:x}" * 64
