@@ -29,7 +29,7 @@ from tests.programs import block, program, replayed
 from tests.zeromq_nodes import allow, configuration, key_of
 
 pytestmark = pytest.mark.xdist_group("real time")
-TIMES = {"heartbeat_s": 0.05, "failure_timeout_s": 0.5}
+TIMES = {"heartbeat_s": 0.05, "failure_timeout_s": 1.0}
 MARGIN_S = 2.0
 """A view is decided, and a leader elected, so soon after that, also on a busy machine."""
 
@@ -113,7 +113,7 @@ async def test_a_member_that_dies_is_gone_within_the_failure_timeout_and_comes_b
         died_at = trio.current_time()
 
         assert names(await anext(changes)) == (["n0", "n1"], [], ["n2"])
-        assert trio.current_time() - died_at < TIMES["failure_timeout_s"] + 0.5
+        assert trio.current_time() - died_at < TIMES["failure_timeout_s"] + MARGIN_S
         await has(second, 0, 1)
         assert not third.leads
         async with member(place, 2):
@@ -140,7 +140,8 @@ async def test_a_leader_that_dies_is_replaced_under_a_higher_epoch(place: Place)
         place.network.heal()
         for group in (first, second, third):
             await has(group, 1, 2, 0)
-        assert first.in_touch
+        while not first.in_touch:  # noqa: ASYNC110  (at first it may be in the view as who it was when it was refused)
+            await trio.sleep(0.001)
     assert all(place.replayed(n) > 30 for n in range(3))
     found = compare(*(read_log(place.directory / f"n{n}.log") for n in (1, 2)))
     assert not found.part
