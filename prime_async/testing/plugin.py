@@ -117,6 +117,7 @@ class RecordFailures:
     @contextmanager
     def _recording(self, folder: Path) -> Iterator[None]:
         """Nodes that are opened meanwhile record."""
+        from prime_async.node import participant
         from prime_async.node.build import record_path as configured
 
         def record_path(config: Config, node_id: str) -> Path | None:
@@ -125,7 +126,7 @@ class RecordFailures:
             return path
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("prime_async.node.node.record_path", record_path)
+            patch.setattr(participant, "record_path", record_path)
             yield
 
 
