@@ -43,7 +43,7 @@ LINKS: Final = Links(hosts=4, rate_mbit=50, delay_ms=20, loss_percent=0.5)
 """40 ms there and back. TCP is Reno's, as the lab has it."""
 FAILURE_S: Final = 3.0
 HASTY_RUN: Final = merged(PACED_RUN, {"heartbeat_s": 0.5, "failure_timeout_s": FAILURE_S, "round": {"inner_steps": 6}})
-DELAYED_STEPS: Final = 10
+DELAYED_STEPS: Final = 14
 """Between two contributions, where the exchange of the last one takes up some of them."""
 SPLITS: Final = {"a member": 3, "the leader": 0}
 USUAL: Final = {("a member", "overlapped"), ("the leader", "blocking")}
@@ -118,10 +118,30 @@ def since(node: NodeProcess, began: float, *kinds: str) -> list[dict[str, Any]]:
     return [fact for when, fact in node.facts if when >= began and fact["type"] in kinds]
 
 
-async def half_way(node: NodeProcess) -> None:
-    """Wait until it is in the middle of a round's inner steps, so that nobody has any of its work."""
-    await node.next("round_finished", LIMIT_S)
-    await node.next("inner_step_done", LIMIT_S)
+async def half_way(nodes: Sequence[NodeProcess]) -> None:
+    """Wait until all of them are in the midst of inner steps of which nobody has anything.
+
+    Where steps go on beside an exchange, that of the last contribution may still end, and bring a round.
+    """
+    with trio.fail_after(LIMIT_S):
+        while not all(map(is_half_way, nodes)):
+            for node in nodes:
+                await node.next("inner_step_done", LIMIT_S)
+
+
+def is_half_way(node: NodeProcess) -> bool:
+    """Whether it has finished the round of its last contribution, and the next one is some steps away."""
+    steps, finished = 0, -1
+    for _, fact in reversed(node.facts):
+        match fact["type"]:
+            case "inner_step_done":
+                steps += 1
+            case "round_finished":
+                finished = max(finished, fact["round"])
+            case "contribution_ready":
+                between = node.run.round.inner_steps // node.run.fragment_count
+                return finished == fact["round"] and 0 < steps <= between - 3
+    return False
 
 
 # --- long links, and lossy ones -------------------------------------------------------------------------------------
@@ -163,7 +183,7 @@ async def test_of_equal_halves_the_one_with_the_leader_goes_on(tmp_path: Path, m
 async def split_and_heal(nodes: Four, majority: Sequence[int], minority: Sequence[int]) -> None:
     await nodes.rounds_of(2)  # from then on all four vote
     go_on, wait = ([nodes.nodes[host] for host in island] for island in (majority, minority))
-    await half_way(wait[0])
+    await half_way(wait)
     began = trio.current_time()
     nodes.lab.split(majority, minority)
     async with trio.open_nursery() as nursery:
